@@ -311,7 +311,7 @@ def run_cass(args: argparse.Namespace) -> None:
             cnn_optimizer=args.cnn_optimizer, outputs=args.outputs, swa_start=args.swa_start,
             precision=precision, log=run.log, save=run.save, gauges=arm_gauges, stop=stop, resume=state)
     for arm, network in zip(names, networks):
-        print(run.save_network(f"{arm}.pt", network, names[arm], images.classes))
+        print(run.save_network(f"{arm}.pt", network, names[arm]))
     run.finish()
 
 

@@ -72,6 +72,15 @@ class ImageSet:
 # %% reading
 
 
+def find_images(folder: str | Path, skip_bad: bool = False) -> ImageSet:
+    """All images below a folder, whatever its form, without labels or parts."""
+    rows = [Row(path) for path in _image_files(Path(folder))]
+    if not rows:
+        raise DataError(f"{folder} holds no images ({' '.join(ENDINGS)})")
+    images = ImageSet(Path(folder), rows, [])
+    return good_rows(images) if skip_bad else images
+
+
 def read_images(folder: str | Path) -> ImageSet:
     """Read a data folder of any of the four forms above. Raises `DataError`."""
     folder = Path(folder)
@@ -276,6 +285,29 @@ def _stratify(images: ImageSet, rows: list[Row], by: str, ratios: tuple[float, .
     return result
 
 
+def label_fraction(images: ImageSet, rows: list[Row], fraction: float, seed: int) -> list[Row]:
+    """The share `fraction` of `rows` whose labels may be used: stratified, and nested, so that a
+    smaller share lies inside a larger one of the same seed. Each class comes once, as far as there
+    is any, before one comes twice."""
+    truth = images.truth(rows)
+    truth = np.c_[truth, truth.sum(1) == 0]  # images without any class count as one more class
+    total, count = truth.sum(0), np.zeros(truth.shape[1])
+    order = np.random.default_rng(seed).permutation(len(rows))
+    queues = [[i for i in order[::-1] if truth[i, k]] for k in range(len(total))]
+    wanted = max(round(fraction * len(rows)), int((total > 0).sum()))
+    taken: dict[int, None] = {}
+    while len(taken) < min(wanted, len(rows)):
+        lack = total * (len(taken) + 1) / len(rows) - count
+        once = (count == 0) & (total > 0)
+        lack[once] += len(rows) + 1 / total[once]  # the rarest first
+        lack[[not queue for queue in queues]] = -np.inf
+        i = queues[int(lack.argmax())].pop()
+        if i not in taken:
+            taken[i] = None
+            count += truth[i]
+    return [rows[i] for i in sorted(taken)]
+
+
 def write_split(file: Path, images: ImageSet) -> None:
     """Write `split.csv` (path, split, labels, group): what fine-tuning reads, so that no test
     image was ever seen."""
@@ -458,10 +490,10 @@ def _quiet_worker(_: int) -> None:
 # %% the command
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options of every command that reads images."""
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder of images; `python data.py --data DIR` "
+    add("--data", type=Path, required=required, help="folder of images; `python data.py --data DIR` "
         "shows how it is read")
     add("--split", default="auto", metavar="auto|image|group",
         help="split by image, or keep groups such as patients together; auto: by group where "

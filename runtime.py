@@ -51,7 +51,7 @@ def clear_exit(*errors: type[Exception]) -> Iterator[None]:
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float,
-                    image_size: int) -> None:
+                    image_size: int | None) -> None:
     """Add the options that mean the same in every command; the defaults are the paper's."""
     add = parser.add_argument
     add("--out", type=Path, help="run folder (default: runs/<method>-<data set>)")
@@ -59,7 +59,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size:
     add("--batch-size", type=positive(int), default=batch_size, help="images a step (paper: %(default)s)")
     add("--lr", type=positive(float), default=lr, help="Adam's highest rate (paper: %(default)s)")
     add("--image-size", type=positive(int), default=image_size,
-        help="images are resized to this square, in pixels (paper: %(default)s)")
+        help="images are resized to this square, in pixels (default: "
+             + (f"{image_size}, the paper's)" if image_size else "as in pretraining, else the paper's 384)"))
     add("--init", default="imagenet", metavar="imagenet|random|FOLDER",
         help="start weights: ImageNet through timm (paper), random, or a folder of weight files "
              "named like the model, for machines without internet (default: %(default)s)")
@@ -126,8 +127,8 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
     """A timm model that takes `(N, 3, image_size, image_size)` and gives `(N, outputs)` logits.
 
     `init` is `imagenet`, `random` or a folder of weight files; `outputs=None` keeps the model's
-    own number. Position embeddings are fitted to `image_size`. The model carries `.input_size`,
-    the `img_size` it was built with, or None if it takes any size. Raises `UserError`.
+    own number. Position embeddings are fitted to `image_size`. The model carries `.image_size` and
+    `.fixed_size`, whether it was built for that size alone. Raises `UserError`.
     """
     known = set(timm.list_models()) | set(timm.list_models(pretrained=True))
     if name not in known:
@@ -151,7 +152,7 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
             where = f" from {file or 'the model hub'}" if file is not None else ""
             raise UserError(f"{name} can't be built{where} for {image_size} pixels: "
                             f"{' '.join(str(error).split())[:300]}") from None
-    model.input_size = image_size if size else None
+    model.image_size, model.fixed_size = image_size, bool(size)
     _check_size(model, name, image_size)
     return model
 
@@ -208,6 +209,40 @@ def _weight_file(name: str, init: str) -> Path | str:
     return ""
 
 
+def read_network(file: Path) -> dict:
+    """What `Run.save_network` wrote: "arch", "num_classes", "image_size", "state_dict", and so on."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        assert {"arch", "num_classes", "image_size", "fixed_size", "classes", "state_dict"} <= set(saved)
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there; --weights names a run folder or a file of weights") from None
+    except Exception:  # torch raises many kinds for a file that is something else
+        raise UserError(f"{file} is no network written by cass.py, dino.py or finetune.py") from None
+    return saved
+
+
+def load_network(file: Path, image_size: int, outputs: int | None = None, seed: int = 0) -> nn.Module:
+    """The network in `file`, for images of `image_size`; with `outputs`, under a new random head of
+    that many classes. Every other weight must be there and fit. Raises `UserError`."""
+    saved = read_network(file)
+    size = saved["image_size"] if saved["fixed_size"] else image_size
+    model = build_model(saved["arch"], "random", size, seed=seed,
+                        outputs=saved["num_classes"] if outputs is None else outputs)
+    heads = model.pretrained_cfg["classifier"] or ()
+    heads = tuple(f"{h}." for h in ([heads] if isinstance(heads, str) else heads))
+    own = {} if outputs is None else {k: v for k, v in model.state_dict().items() if k.startswith(heads)}
+    body = {k: v for k, v in saved["state_dict"].items() if outputs is None or not k.startswith(heads)}
+    try:
+        model.load_state_dict(body | own)
+        if size != image_size:
+            model.set_input_size(img_size=image_size)
+            model.image_size = image_size
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"{file} can't be loaded as {saved['arch']} for {image_size} pixels: "
+                        f"{' '.join(str(error).split())[:200]}") from None
+    return model
+
+
 # %% what a run leaves behind
 
 
@@ -240,6 +275,7 @@ class Run:
 
     def __init__(self, folder: Path, options: dict, show: Callable[[dict], None] = lambda row: None) -> None:
         self.folder, self.show, self.save_cost, self.saved_at = folder, show, 0.0, time.perf_counter()
+        self.rows = 0  # of the log; a checkpoint remembers them, as later ones will be made again
         self.checkpoints = folder / "checkpoint.pt", folder / "checkpoint-prev.pt"
         plain = json.loads(json.dumps(options, default=str))
         self.config = {"options": plain, "command": command_line(), "finished": False, "versions": {
@@ -271,16 +307,17 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
             if state is None:
-                for path in (log, *self.folder.glob("*.pt")):
-                    path.unlink(missing_ok=True)
+                for old in ("*.pt", "*.jsonl", "*.csv", "result.json"):
+                    for path in self.folder.glob(old):
+                        path.unlink()
         except OSError as error:
             raise UserError(f"--out {self.folder} can't be written: {error.strerror}") from None
         if state is not None:  # rows after the checkpoint will be made again, a last half line too
-            lines = [line for line in log.read_text(encoding="utf-8").split("\n")[:-1]
-                     if json.loads(line)["epoch"] <= state["epoch"]]
+            lines = log.read_text(encoding="utf-8").split("\n")[:state["rows"]]
             write_text(log, "".join(line + "\n" for line in lines))
             for line in lines:
                 self.show(json.loads(line))
+            self.rows = len(lines)
         self.saved_at = time.perf_counter()
         return state
 
@@ -296,6 +333,7 @@ class Run:
         """Append one epoch's row to `log.jsonl`, and show it."""
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self.rows += 1
         self.show(row)
 
     def save(self, state: dict, force: bool = False) -> None:
@@ -305,24 +343,25 @@ class Run:
         if not force and self.save_cost > 0.05 * (begun - self.saved_at):
             return
         newest, before = self.checkpoints
-        save_tensors(state, self.folder / "checkpoint-next.pt")
+        save_tensors(state | {"rows": self.rows}, self.folder / "checkpoint-next.pt")
         if newest.exists():
             os.replace(newest, before)
         os.replace(self.folder / "checkpoint-next.pt", newest)
         self.saved_at = time.perf_counter()
         self.save_cost = self.saved_at - begun
 
-    def save_network(self, file: str, network: nn.Module, arch: str, classes: list[str]) -> str:
-        """Write a network for fine-tuning to `file`; returns the Python that loads it with timm."""
-        path, outputs, size = self.folder / file, network.num_classes, network.input_size
-        save_tensors({"arch": arch, "num_classes": outputs, "img_size": size, "classes": classes,
+    def save_network(self, file: str, network: nn.Module, arch: str) -> str:
+        """Write a network to `file`; returns the Python that loads it with timm."""
+        path, outputs, size = self.folder / file, network.num_classes, network.image_size
+        save_tensors({"arch": arch, "num_classes": outputs, "image_size": size, "fixed_size": network.fixed_size,
+                      "classes": self.config["classes"], "multi_label": self.config["multi_label"],
                       "state_dict": network.state_dict()}, path)
-        fixed = f", img_size={size}" if size else ""
+        fixed = f", img_size={size}" if network.fixed_size else ""
         return f'timm.create_model("{arch}", num_classes={outputs}{fixed}, checkpoint_path="{path}")'
 
-    def finish(self) -> None:
+    def finish(self, **facts: Any) -> None:
         """Mark the run as finished."""
-        self.config["finished"] = True
+        self.config |= {"finished": True, **facts}
         write_text(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
 
 

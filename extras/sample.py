@@ -195,7 +195,7 @@ def draw_image(labels: np.ndarray, patient: int = 0, index: int = 0, seed: int =
     lamp = 1.0 + slope * _turned(y, x, light.uniform(0.0, 6.3))[0] - vignette * (x * x + y * y)
     image = image[MARGIN:-MARGIN, MARGIN:-MARGIN] * (lamp * exposure)[..., None]
     image = np.clip(image * tint.astype(np.float32) + light.uniform(0.005, 0.03, 3).astype(np.float32), 0.0, None)
-    noise = light.uniform(0.007, 0.016) * np.sqrt(0.15 + image)  # shot noise grows with the light
+    noise = light.uniform(0.006, 0.013) * np.sqrt(0.15 + image)  # shot noise grows with the light
     image = np.clip(image + noise * rng.standard_normal(image.shape, np.float32), 0.0, None)
     return (255.0 * (1.0 - np.exp(-1.6 * image))).astype(np.uint8)  # a camera saturates
 
