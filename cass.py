@@ -248,10 +248,9 @@ def set_epoch(loader: Iterable, epoch: int, skip: int = 0) -> None:
 
 def cass_options() -> argparse.ArgumentParser:
     from data import AUGMENTATIONS, add_data_options
-    from runtime import add_run_options
+    from runtime import Options, add_run_options
 
-    parser = argparse.ArgumentParser(prog="cass.py", allow_abbrev=False, description="Pretrain a CNN and "
-                                     "a Transformer together on a folder of images, without labels.")
+    parser = Options("cass.py", "Pretrain a CNN and a Transformer together on a folder of images, without labels.")
     add = parser.add_argument
     add_data_options(parser)
     add_run_options(parser, epochs=100, batch_size=16, lr=1e-3, image_size=384)

@@ -110,14 +110,14 @@ class DinoNetwork(nn.Module):
 
 
 def dino_targets(teacher_logits: Tensor, centre: Tensor, temperature: float = 0.04) -> Tensor:
-    """The teacher's outputs `(V, N, K)` centred, sharpened, as probabilities; no gradient passes."""
+    """The teacher's outputs `(V, N, K)`, centred and sharpened, as probabilities; no gradient passes."""
     return ((teacher_logits.detach().float() - centre) / temperature).softmax(-1)
 
 
 def dino_loss(student_logits: Sequence[Tensor], targets: Tensor, temperature: float = 0.9) -> Tensor:
-    """Cross-entropy of each student output `(N, K)` against each target `(N, K)` of another view:
-    the mean over images and over all such pairs, a scalar. Student output i and target i, for
-    i < 2, come from one view; further student outputs come from views of their own."""
+    """Cross-entropy of each student output `(N, K)` against each target `(N, K)` of another view: the
+    mean over images and such pairs, a scalar. Output i and target i, for i < 2, come from one view;
+    further outputs come from views of their own."""
     log_probs = [(logits.float() / temperature).log_softmax(-1) for logits in student_logits]
     pairs = [-(target * log_prob).sum(-1).mean() for j, target in enumerate(targets)
              for i, log_prob in enumerate(log_probs) if i != j]
@@ -131,24 +131,24 @@ def follow(averages: Iterable[Tensor], values: Iterable[Tensor], momentum: float
         average.lerp_(value, 1 - momentum)
 
 
+def linear_between(step: float, steps: float, start: float, end: float) -> float:
+    """From `start` at step 0 to `end` at step `steps` and after it, in a straight line."""
+    return start + (end - start) * min(1.0, step / steps) if steps else end
+
+
 def cosine_between(step: float, steps: float, start: float, end: float) -> float:
     """From `start` at step 0 to `end` at step `steps`, along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def dino_rate(step: int, steps: int, lr: float = 3e-4, warmup: float | None = None) -> float:
-    """Learning rate of a step: constant; or, with `warmup`, up to `lr` in so many steps, and by a
-    cosine down to 1e-6 at the end, as DINO's authors have it."""
+    """Learning rate of a step: constant; or, with `warmup`, up to `lr` in so many steps and then, along
+    a cosine, down to 1e-6 at the end, as DINO's authors have it."""
     if warmup is None:
         return lr
     if step < warmup:
-        return lr * (step + 1) / math.ceil(warmup)
+        return lr * min(1.0, (step + 1) / warmup)
     return cosine_between(step - warmup, steps - warmup, lr, 1e-6)
-
-
-def sharpness(step: int, warmup: float, start: float, end: float) -> float:
-    """The teacher's temperature in a step: from `start` to `end` in a straight line of `warmup` steps."""
-    return start + (end - start) * min(1.0, step / warmup) if warmup else end
 
 
 # %% training
@@ -163,10 +163,10 @@ class DinoTraining:
         self.student = DinoNetwork(backbone, out_dim).to(self.device)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)  # equal at the start
         self.centre = torch.zeros(out_dim, device=self.device)
-        decayed = [p for p in self.student.parameters() if p.ndim > 1]  # no biases, no norms
-        spared = [p for p in self.student.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW([  # without decay this is Adam
-            {"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}], lr)
+        parameters = list(self.student.parameters())
+        self.optimizer = torch.optim.AdamW([  # without decay this is Adam; biases and norms have none
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}], lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.epoch, self.losses, self.recent = 0, [], []  # epochs done; this epoch's losses; see remember
 
@@ -191,11 +191,11 @@ class DinoTraining:
             torch.cuda.set_rng_state(value, number)
 
     @torch.no_grad()
-    def remember(self, features: Tensor, targets: Tensor) -> None:
-        """Keep what the gauges need of the last 256 images: the student's features `(N, F)`, the
-        mean of the targets `(K,)`, and the mean of their entropies."""
-        entropy = torch.special.entr(targets).sum(-1).mean()
-        step = features.detach(), targets.mean((0, 1)), entropy
+    def remember(self, loss: Tensor, features: Tensor, targets: Tensor) -> None:
+        """Keep this step's loss and, of the last 256 images, what the gauges need: the student's
+        features `(N, F)`, the mean of the targets `(K,)` and the mean of their entropies."""
+        self.losses.append(loss.detach())
+        step = features.detach(), targets.mean((0, 1)), torch.special.entr(targets).sum(-1).mean()
         self.recent = [*self.recent, step][-math.ceil(256 / len(features)):]
 
     def check_loss(self) -> None:
@@ -213,13 +213,13 @@ def pretrain_dino(
     lr: float = 3e-4,  # the package's README
     out_dim: int = 65336,  # the package; its README and DINO's authors: 65,536
     student_temperature: float = 0.9,  # the package; authors: 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.04),  # start, end; the package, the authors
-    temperature_warmup: float = 0,  # epochs from start to end; authors: 30, where they differ
+    teacher_temperature: tuple[float, float] = (0.04, 0.04),  # start, end; package and authors
+    temperature_warmup: float = 0,  # epochs from start to end; authors: 30 where they differ
     momentum: tuple[float, float] = (0.9, 0.9),  # of the teacher; start, end; authors: 0.996, 1
-    centre_momentum: float = 0.9,  # the package, the authors
+    centre_momentum: float = 0.9,  # package and authors
     warmup: float | None = None,  # epochs up to lr, then a cosine down; None: constant; authors: 10
-    weight_decay: float = 0.0,  # authors: 0.04, rising to 0.4
-    clip: float | None = None,  # longest gradient; authors: 3, for each tensor
+    weight_decay: float = 0.0,  # authors: 0.04 rising to 0.4
+    clip: float | None = None,  # the longest gradient; authors: 3, for each tensor
     precision: torch.dtype = torch.float32,  # float16 and bfloat16 train under autocast
     log: Callable[[dict], Any] = lambda row: None,
     save: Callable[..., Any] = lambda state, force=False: None,
@@ -227,21 +227,20 @@ def pretrain_dino(
     stop: Callable[[], bool] = lambda: False,
     resume: dict | None = None,
 ) -> tuple[nn.Module, nn.Module]:
-    """Train a timm model on batches of `DinoViews`; returns (student, teacher), without their heads.
+    """Train a timm model on batches of `DinoViews`; returns student and teacher, without heads.
 
-    `log`, `save`, `gauges`, `stop` and `resume` are those of `pretrain_cass`; `gauges` gets the
-    student's features of its first crop. Each row also has the `entropy` and `kl` of `measure_row`.
-    Raises `FloatingPointError` if the loss is not finite, `KeyboardInterrupt` if stopped.
+    `log` gets one dict an epoch, from a row for the untrained start onwards; `save` all that
+    `resume` needs; `gauges` the student's last features `(<=256, F)`, the student and its first
+    weights; `stop` is asked after each step. A loader's `set_epoch(epoch, skip)` is called if it has
+    one. Raises `FloatingPointError` if the loss is not finite, `KeyboardInterrupt` if stopped.
     """
     now = DinoTraining(student, out_dim, lr, weight_decay, precision)
     autocast = torch.autocast(now.device.type, precision, enabled=precision != torch.float32)
-    start = [p.detach().clone() for p in student.parameters()]
+    measure = gauge_student(gauges, student)
     if resume:
         now.load_state_dict(resume)
     else:
-        look_at_untrained(now, loader, autocast, teacher_temperature[0])
-        log({"epoch": 0} | measure_row(now, gauges, start))
-        now.recent = []
+        log({"epoch": 0} | measure(untrained_steps(now, loader, autocast, teacher_temperature[0])))
     steps, begin_epoch = len(loader), getattr(loader, "set_epoch", lambda epoch, skip: None)
     bar = tqdm(total=epochs * steps, initial=now.epoch * steps + len(now.losses), unit="step",
                disable=not sys.stdout.isatty())
@@ -250,15 +249,15 @@ def pretrain_dino(
         begin_epoch(now.epoch, skip)
         for step, batch in enumerate(loader, now.epoch * steps + skip):
             for group in now.optimizer.param_groups:
-                group["lr"] = dino_rate(step, epochs * steps, lr, None if warmup is None else warmup * steps)
+                group["lr"] = dino_rate(step, epochs * steps, lr, warmup and warmup * steps)
             now.optimizer.zero_grad()
             teacher_views, student_views = ([x.to(now.device, non_blocking=True) for x in part] for part in batch)
-            with autocast:
-                with torch.no_grad():  # one view after the other: each has its own batch statistics
-                    teacher_logits = torch.stack([now.teacher(view)[1] for view in teacher_views])  # (2, N, K)
+            temperature = linear_between(step, temperature_warmup * steps, *teacher_temperature)
+            with autocast:  # one view after the other: each has batch statistics of its own
+                with torch.no_grad():
+                    teacher_logits = torch.stack([now.teacher(view)[1] for view in teacher_views])
                 features, student_logits = zip(*[now.student(view) for view in student_views])
-                temperature = sharpness(step, temperature_warmup * steps, *teacher_temperature)
-                targets = dino_targets(teacher_logits, now.centre, temperature)
+                targets = dino_targets(teacher_logits, now.centre, temperature)  # (2, N, K)
                 loss = dino_loss(student_logits, targets, student_temperature)
             now.scaler.scale(loss).backward()  # into the student alone
             if clip:
@@ -266,11 +265,10 @@ def pretrain_dino(
                 nn.utils.clip_grad_norm_(now.student.parameters(), clip)
             now.scaler.step(now.optimizer)
             now.scaler.update()
-            follow(now.teacher.parameters(), now.student.parameters(),
+            follow(now.teacher.parameters(), now.student.parameters(),  # not the buffers
                    cosine_between(step, epochs * steps, *momentum))
             follow([now.centre], [teacher_logits.float().mean((0, 1))], centre_momentum)
-            now.losses.append(loss.detach())
-            now.remember(features[0], targets)
+            now.remember(loss, features[0], targets)
             bar.update()
             if len(now.losses) % 50 == 0 or stop():  # not each step: it waits for the GPU
                 now.check_loss()
@@ -280,10 +278,171 @@ def pretrain_dino(
         now.check_loss()
         rate = (steps - skip) * len(features[0]) / (time.perf_counter() - begun)
         row = {"epoch": now.epoch + 1, "loss": torch.stack(now.losses).mean().item()}
-        row |= measure_row(now, gauges, start) | {"images_per_second": round(rate, 2)}
+        row |= measure(now.recent) | {"images_per_second": round(rate, 2)}
         log(row)
         bar.set_postfix_str(f"loss {row['loss']:.3g}, kl {row['kl']:.3g}, {rate:.3g} images/s")
         now.epoch, now.losses = now.epoch + 1, []
         save(now.state_dict(), force=now.epoch == epochs)
     bar.close()
     return now.student.backbone, now.teacher.backbone
+
+
+def gauge_student(gauges: Callable[..., dict], student: nn.Module) -> Callable[[list], dict]:
+    """A function from the last steps, as `DinoTraining.remember` keeps them, to one row of gauges.
+
+    DINO can collapse in two ways. `entropy` is that of the teacher's mean output, from 0 (one output
+    wins for every image) to log K (all are alike); `kl` is the mean divergence of one image's output
+    from that mean, 0 when every image gets the same, in either way.
+    """
+    start = [p.detach().clone() for p in student.parameters()]
+
+    def measure(recent: list[tuple[Tensor, Tensor, Tensor]]) -> dict:
+        features, means, entropies = zip(*recent)
+        entropy = torch.special.entr(torch.stack(means).mean(0)).sum().item()
+        kl = max(0.0, entropy - torch.stack(entropies).mean().item())  # equals the mean of KL(p | mean p)
+        row = gauges(torch.cat(features)[-256:], student, start)
+        return {"entropy": entropy, "kl": kl} | {f"backbone_{key}": value for key, value in row.items()}
+    return measure
+
+
+@torch.no_grad()
+def untrained_steps(now: DinoTraining, loader: Iterable[Views], autocast: AbstractContextManager,
+                    temperature: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What the gauges need of the first 256 images, in training mode, as later rows have it: in
+    evaluation mode an untrained CNN gives nearly one output for all. Leaves no trace in `now`."""
+    buffers = [(b, b.clone()) for part in (now.student, now.teacher) for b in part.buffers()]
+    with torch.random.fork_rng([now.device] if now.device.type == "cuda" else []), autocast:
+        for teacher_views, student_views in loader:
+            logits = torch.stack([now.teacher(view.to(now.device))[1] for view in teacher_views])
+            features = now.student(student_views[0].to(now.device))[0]
+            now.remember(logits.new_zeros(()), features, dino_targets(logits, now.centre, temperature))
+            if len(now.losses) * len(features) >= 256:
+                break
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    recent, now.recent, now.losses = now.recent, [], []
+    return recent
+
+
+# %% the command: files, seeds, devices and disk
+
+PAPER_NETWORKS = ("resnet50.a1_in1k", "vit_base_patch16_384.augreg_in21k_ft_in1k")
+
+
+def dino_options() -> argparse.ArgumentParser:
+    from data import add_data_options
+    from runtime import add_run_options, positive
+
+    parser = argparse.ArgumentParser(prog="dino.py", allow_abbrev=False, description="Pretrain a network by "
+                                     "DINO on a folder of images, without labels.")
+    add = parser.add_argument
+    add_data_options(parser)
+    add_run_options(parser, epochs=100, batch_size=16, lr=3e-4, image_size=384)
+    add("--arch", action="append", metavar="NAME", help="timm name of a network; each --arch NAME is trained after "
+        f"the one before, in a folder of its own (default, the paper's: {' and '.join(PAPER_NETWORKS)})")
+    add("--student-temperature", type=between(1e-3, 1e3), default=0.9, metavar="T",
+        help="what the student's outputs are divided by (paper: %(default)s; DINO's authors: 0.1)")
+    add("--teacher-temperature", type=between(1e-3, 1e3, pair=True), default=(0.04, 0.04), metavar="T|START:END",
+        help="what the teacher's are divided by; lower is sharper (paper and authors: 0.04)")
+    add("--temperature-warmup", type=between(0, 1e6), default=0.0, metavar="EPOCHS",
+        help="epochs from START to END of --teacher-temperature (paper: none)")
+    add("--momentum", type=between(0, 1, pair=True), default=(0.9, 0.9), metavar="M|START:END", help="share of "
+        "itself that the teacher keeps in a step; START:END along a cosine (paper: 0.9; authors: 0.996:1)")
+    add("--local-crops", type=between(0, 100, kind=int), default=0, metavar="N", help="give the student the "
+        "teacher's two crops and N local ones (paper: 0, a local crop of each of two views; authors: 8)")
+    add("--local-size", type=positive(int), metavar="PIXELS",
+        help="size of those N local crops (default: --image-size; authors: 96 beside 224)")
+    add("--out-dim", type=positive(int), default=65336, metavar="K",
+        help="outputs of the head (paper: %(default)s; authors: 65536)")
+    add("--warmup", type=between(0, 1e6), metavar="EPOCHS", help="let the rate rise so long and then fall along a "
+        "cosine (default, the paper's: a constant rate; authors: 10)")
+    add("--weight-decay", type=between(0, 1e3), default=0.0, metavar="W",
+        help="AdamW's, on matrices (paper: none; authors: 0.04 rising to 0.4)")
+    add("--clip", type=positive(float), metavar="NORM", help="longest gradient (paper: no limit; authors: 3)")
+    add("--save", choices=("teacher", "student"), default="teacher",
+        help="which network is kept (default: %(default)s, as DINO's authors; the package's README: student)")
+    return parser
+
+
+def between(low: float, high: float, kind: type = float, pair: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a number from `low` to `high`; with `pair` A or A:B, as (A, A) or (A, B)."""
+    def parse(text: str) -> Any:
+        values = [kind(x) for x in text.split(":")]
+        if len(values) > 1 + pair or not all(low <= value <= high for value in values):
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return (values[0], values[-1]) if pair else values[0]
+    parse.__name__ = f"number{' or START:END' if pair else ''} ({kind.__name__})"
+    return parse
+
+
+def run_dino(args: argparse.Namespace) -> None:
+    """Train one network after the other. Nothing is written before every option has been checked."""
+    from data import open_images, read_split
+    from metrics import collapse_warning
+    from runtime import Run, Screen, UserError, build_model, pick_device
+
+    device, networks, short = pick_device(args.device), {}, lambda name: name.split(".")[0]
+    names = args.arch or PAPER_NETWORKS
+    if len(set(map(short, names))) < len(names):
+        raise UserError("two --arch are equal up to the dot and would share a folder; run them one by one")
+    if args.local_size and not args.local_crops:
+        raise UserError("--local-size is the size of extra local crops; say how many with --local-crops")
+    for name in names:
+        out = args.out or Path("runs") / f"dino-{short(name)}-{args.data.resolve().name}"
+        out = out / short(name) if args.out and len(names) > 1 else out
+        run = Run(out, vars(args) | {"arch": name}, Screen(("backbone",), collapse_warning, ("entropy", "kl")))
+        if run.finished:
+            print(f"{out} is finished; there is nothing to resume")
+        else:
+            networks[name] = run
+    images = open_images(args) if networks else None
+    if images and len(rows := images.part("train")) < args.batch_size:
+        raise UserError(f"{args.data} has {len(rows)} training images, fewer than a batch of "
+                        f"{args.batch_size}; take a smaller --batch-size")
+    for name, run in networks.items():
+        networks[name] = run, build_model(name, args.init, args.image_size, outputs=0,
+                                          local_size=args.local_size, seed=args.seed)
+        if run.resuming and read_split(run.folder / "split.csv", images).rows != images.rows:
+            raise UserError(f"the images in {args.data} or their split have changed since {run.folder} began")
+    while networks:
+        name = next(iter(networks))  # in the order given
+        run, model = networks.pop(name)
+        train_backbone(name, model.to(device), run, images, args)
+
+
+def train_backbone(name: str, model: nn.Module, run: Any, images: Any, args: argparse.Namespace) -> None:
+    """Train one network and leave its files in the folder of `run`."""
+    from data import ImageRows, make_loader, write_split
+    from metrics import arm_gauges
+    from runtime import StopSignal, pick_precision, pick_workers
+
+    device = next(model.parameters()).device
+    precision, workers = pick_precision(args.precision, device), pick_workers(args.workers, device)
+    state = run.begin(arms={"backbone": name}, classes=images.classes, multi_label=images.multi_label)
+    write_split(run.folder / "split.csv", images)
+    views = DinoViews(args.image_size, args.local_crops, args.local_size)
+    loader = make_loader(ImageRows(images.folder, images.part("train"), views, args.seed),
+                         args.batch_size, seed=args.seed, drop_last=True, workers=workers)
+    torch.manual_seed(args.seed)
+    with StopSignal(run) as stop:
+        student, teacher = pretrain_dino(
+            model, loader, epochs=args.epochs, lr=args.lr, out_dim=args.out_dim,
+            student_temperature=args.student_temperature, teacher_temperature=args.teacher_temperature,
+            temperature_warmup=args.temperature_warmup, momentum=args.momentum, warmup=args.warmup,
+            weight_decay=args.weight_decay, clip=args.clip, precision=precision, log=run.log,
+            save=run.save, gauges=arm_gauges, stop=stop, resume=state)
+    print(run.save_network("backbone.pt", teacher if args.save == "teacher" else student, name))
+    run.finish()
+
+
+def main(argv: list[str] | None = None) -> None:
+    from data import DataError
+    from runtime import clear_exit
+
+    args = dino_options().parse_args(argv)
+    with clear_exit(DataError, FloatingPointError):
+        run_dino(args)
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()

@@ -195,10 +195,9 @@ def evaluate(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], weight
 
 def tune_options() -> argparse.ArgumentParser:
     from data import AUGMENTATIONS, add_data_options
-    from runtime import add_run_options
+    from runtime import Options, add_run_options
 
-    parser = argparse.ArgumentParser(prog="finetune.py", allow_abbrev=False, description="Fine-tune "
-                                     "pretrained networks with few labels, score them, predict.")
+    parser = Options("finetune.py", "Fine-tune pretrained networks with few labels, score them, predict.")
     add = parser.add_argument
     add_data_options(parser, required=False)
     add_run_options(parser, epochs=50, batch_size=16, lr=3e-4, image_size=None)

@@ -50,6 +50,17 @@ def clear_exit(*errors: type[Exception]) -> Iterator[None]:
 # %% options, seed, device, precision
 
 
+class Options(argparse.ArgumentParser):
+    """An argument parser that says in one sentence what is wrong, and where to read more."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        print(f"error: {message}; see --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float,
                     image_size: int | None) -> None:
     """Add the options that mean the same in every command; the defaults are the paper's."""
@@ -123,11 +134,12 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def build_model(name: str, init: str, image_size: int, *, outputs: int | None = None,
-                seed: int = 0) -> nn.Module:
+                local_size: int | None = None, seed: int = 0) -> nn.Module:
     """A timm model that takes `(N, 3, image_size, image_size)` and gives `(N, outputs)` logits.
 
     `init` is `imagenet`, `random` or a folder of weight files; `outputs=None` keeps the model's
-    own number. Position embeddings are fitted to `image_size`. The model carries `.image_size` and
+    own number. Position embeddings are fitted to `image_size`; with `local_size` it must take images
+    of that size too. The model carries `.image_size` and
     `.fixed_size`, whether it was built for that size alone. Raises `UserError`.
     """
     known = set(timm.list_models()) | set(timm.list_models(pretrained=True))
@@ -140,7 +152,8 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
     if file is not None:
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)} if file else {}}
     model = None
-    for size in ({"img_size": image_size}, {}):  # Transformers take img_size, CNNs raise on it
+    any_size = [{"img_size": image_size, "dynamic_img_size": True}] if local_size else []
+    for size in (*any_size, {"img_size": image_size}, {}):  # Transformers take img_size, CNNs raise on it
         torch.manual_seed(seed)  # the same start weights, whichever attempt builds them
         try:
             model = timm.create_model(name, **size, **options)
@@ -153,24 +166,26 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
             raise UserError(f"{name} can't be built{where} for {image_size} pixels: "
                             f"{' '.join(str(error).split())[:300]}") from None
     model.image_size, model.fixed_size = image_size, bool(size)
-    _check_size(model, name, image_size)
+    _check_size(model, name, image_size, "--image-size")
+    if local_size:
+        _check_size(model, name, local_size, "--local-size")
     return model
 
 
-def _check_size(model: nn.Module, name: str, image_size: int) -> None:
+def _check_size(model: nn.Module, name: str, image_size: int, option: str) -> None:
     """Refuse a size the model can't take: some timm models silently drop what no patch covers."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     patch = max(patch) if isinstance(patch, (tuple, list)) else patch
     if patch and image_size % patch:
         fits = max(1, image_size // patch) * patch
-        raise UserError(f"--image-size {image_size} is no multiple of {name}'s patch of {patch} "
+        raise UserError(f"{option} {image_size} is no multiple of {name}'s patch of {patch} "
                         f"pixels; {fits} is")
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()(torch.zeros(1, 3, image_size, image_size))
         model.train()
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"{name} can't take --image-size {image_size}: "
+        raise UserError(f"{name} can't take {option} {image_size}: "
                         f"{' '.join(str(error).split())[:200]}") from None
 
 
