@@ -187,7 +187,7 @@ def pretrain_cass(
             bar.update()
             if len(now.losses) % 50 == 0 or stop():  # not each step: it waits for the GPU
                 now.check_loss()
-            if stop():
+            if stop() and len(now.losses) < steps:
                 save(now.state_dict(), force=True)
                 raise KeyboardInterrupt
         now.check_loss()
@@ -197,7 +197,9 @@ def pretrain_cass(
         log(row)
         bar.set_postfix_str(", ".join(f"{k} {v:.3g}" for k, v in row.items() if k in BAR))
         now.epoch, now.losses = now.epoch + 1, []
-        save(now.state_dict(), force=now.epoch == epochs)
+        save(now.state_dict(), force=now.epoch == epochs or stop())
+        if stop():
+            raise KeyboardInterrupt
     bar.close()
     set_epoch(loader, epochs)
     return now.networks(loader, autocast)
@@ -277,7 +279,7 @@ def share(text: str) -> float:
 
 def run_cass(args: argparse.Namespace) -> None:
     """Read, split, train, save. Nothing is written before every option has been checked."""
-    from data import ImageRows, augmentation, make_loader, open_images, read_split, write_split
+    from data import ImageCache, ImageRows, augmentation, make_loader, open_images, read_split, write_split
     from metrics import arm_gauges, collapse_warning
     from runtime import Run, Screen, StopSignal, UserError, build_model, pick_device, pick_precision, pick_workers
 
@@ -293,22 +295,30 @@ def run_cass(args: argparse.Namespace) -> None:
         raise UserError(f"{args.data} has {len(rows)} training images, fewer than a batch of "
                         f"{args.batch_size}; take a smaller --batch-size")
     names = {"cnn": args.cnn, "transformer": args.transformer}
-    arms = {arm: build_model(name, args.init, args.image_size, seed=args.seed) for arm, name in names.items()}
+    inits = dict(zip(names, args.init.split(",") * 2))  # one for both, or CNN's,Transformer's
+    arms = {arm: build_model(name, inits[arm], args.image_size, seed=args.seed) for arm, name in names.items()}
     if arms["cnn"].num_classes != arms["transformer"].num_classes:
         raise UserError("both arms need the same number of outputs, but " + " and ".join(
             f"{names[k]} has {arm.num_classes}" for k, arm in arms.items()) + "; choose other weights")
     if run.resuming and read_split(out / "split.csv", images).rows != images.rows:
         raise UserError(f"the images in {args.data} or their split have changed since {out} began")
+    workers = pick_workers(args.workers, device)
+    cache = args.cache and ImageCache(images, args.image_size, args.cache, workers)
     state = run.begin(arms=names, classes=images.classes, multi_label=images.multi_label)
     write_split(out / "split.csv", images)
-    loader = make_loader(ImageRows(images.folder, rows, augmentation(args.image_size, args.augment), args.seed),
-                         args.batch_size, seed=args.seed, drop_last=True, workers=pick_workers(args.workers, device))
+    for note in images.notes:
+        print(f"note: {note}")
+    augment = augmentation(args.image_size, args.augment)
+    loader = make_loader(ImageRows(images.folder, rows, augment, args.seed, cache=cache), args.batch_size,
+                         seed=args.seed, drop_last=True, workers=workers)
     torch.manual_seed(args.seed)
     with StopSignal(run) as stop:
         networks = pretrain_cass(
             *(arm.to(device) for arm in arms.values()), loader, epochs=args.epochs, lr=args.lr,
             cnn_optimizer=args.cnn_optimizer, outputs=args.outputs, swa_start=args.swa_start,
             precision=precision, log=run.log, save=run.save, gauges=arm_gauges, stop=stop, resume=state)
+    if args.swa_start < 1 and networks[0] is arms["cnn"]:
+        print("no low point of the rate fell into the averaging: the networks are saved as the last step left them")
     for arm, network in zip(names, networks):
         print(run.save_network(f"{arm}.pt", network, names[arm]))
     run.finish()

@@ -13,21 +13,28 @@ Everything odd (ISIC, Dermofit, MedMNIST, ...) becomes a labels.csv first: `extr
 """
 
 import argparse
+import contextlib
 import csv
+import hashlib
 import io
 import os
+import shutil
 import signal
 import sys
+import time
+import uuid
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 PARTS = ("train", "val", "test")
 PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
@@ -74,6 +81,8 @@ class ImageSet:
 
 def find_images(folder: str | Path, skip_bad: bool = False) -> ImageSet:
     """All images below a folder, whatever its form, without labels or parts."""
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder} is not a folder of images")
     rows = [Row(path) for path in _image_files(Path(folder))]
     if not rows:
         raise DataError(f"{folder} holds no images ({' '.join(ENDINGS)})")
@@ -88,7 +97,7 @@ def read_images(folder: str | Path) -> ImageSet:
         raise DataError(f"{folder} is not a folder; --data names the folder that holds the images")
     if (folder / "labels.csv").is_file():
         return _read_csv(folder)
-    inside = sorted(d.name for d in os.scandir(folder) if d.is_dir() and not d.name.startswith("."))
+    inside, _ = _inside(folder)
     parts = {name: PART_NAMES[name.lower()] for name in inside if name.lower() in PART_NAMES}
     rows, notes = [], []
     if "train" in parts.values():
@@ -103,14 +112,13 @@ def read_images(folder: str | Path) -> ImageSet:
         raise DataError(f"{folder} holds no images ({' '.join(ENDINGS)}); --data names the folder "
                         "that holds them")
     classes = sorted({label for row in rows for label in row.labels})
-    return ImageSet(folder, rows, _distinct(classes), notes=notes)
+    return ImageSet(folder, rows, distinct_classes(classes), notes=notes)
 
 
 def _read_classes(folder: Path, notes: list[str]) -> list[Row]:
     """Rows of a folder of class folders, or of a flat folder of images."""
-    names = sorted(d.name for d in os.scandir(folder) if d.is_dir() and not d.name.startswith("."))
+    names, flat = _inside(folder)
     rows = [Row(f"{name}/{path}", (name,)) for name in names for path in _image_files(folder / name)]
-    flat = sorted(f.name for f in os.scandir(folder) if f.is_file() and _is_image(f.name))
     if rows and flat:
         notes.append(f"{len(flat)} images beside the class folders in {folder} are not used, "
                      f"such as {flat[0]}")
@@ -121,10 +129,20 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(ENDINGS) and not name.startswith(".")
 
 
+def _inside(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the images in a folder, hidden ones left out."""
+    _, folders, files = next(os.walk(folder, onerror=_cant_list))
+    return sorted(d for d in folders if not d.startswith(".")), sorted(filter(_is_image, files))
+
+
+def _cant_list(error: OSError) -> None:
+    raise DataError(f"folder {error.filename} can't be read: {error.strerror}")
+
+
 def _image_files(folder: Path) -> Iterator[str]:
     """Paths of all images below `folder`, relative to it, sorted; links are followed once."""
     seen, found = set(), []
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=_cant_list, followlinks=True):
         real = os.path.realpath(here)
         folders[:] = [d for d in folders if not d.startswith((".", "__MACOSX")) and real not in seen]
         if real not in seen:
@@ -133,7 +151,7 @@ def _image_files(folder: Path) -> Iterator[str]:
     return iter(sorted(path.replace(os.sep, "/") for path in found))
 
 
-def _distinct(classes: list[str]) -> list[str]:
+def distinct_classes(classes: list[str]) -> list[str]:
     """The same list, refused if two names differ by case alone or hold the separator."""
     for a, b in zip(ordered := sorted(classes, key=str.lower), ordered[1:]):
         if a.lower() == b.lower():
@@ -144,26 +162,35 @@ def _distinct(classes: list[str]) -> list[str]:
     return classes
 
 
-def _read_csv(folder: Path) -> ImageSet:
-    """Read `labels.csv`: separators , ; or tab, quotes, a byte-order mark and any line ends."""
-    file = folder / "labels.csv"
+def read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The column names of a CSV file, and its lines as (number, cells by column), empty ones left
+    out: separators , ; or tab, quotes, a byte-order mark and any line ends."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{file} is not UTF-8 text; save it as CSV UTF-8") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} can't be read: " + (error.strerror if isinstance(error, OSError) else
+                        "it is not UTF-8 text; save it as CSV UTF-8")) from None
     head = text.split("\n", 1)[0]
     table = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
-    header = [name.strip() for name in next(table, [])]
-    if "image" not in header or len(set(header)) < len(header):
-        raise DataError(f"{file} needs a first line with distinct column names, one of them `image`; "
-                        f"it has {', '.join(header) or 'none'}")
-    lines = []
+    header, lines = [name.strip() for name in next(table, [])], []
+    if len(set(header)) < len(header):
+        raise DataError(f"{file} needs distinct column names in its first line, not {', '.join(header)}")
     for cells in table:
         if any(cell.strip() for cell in cells):
             if len(cells) != len(header):
                 raise DataError(f"{file} line {table.line_num} has {len(cells)} cells, not the "
                                 f"{len(header)} of its first line")
             lines.append((table.line_num, dict(zip(header, (cell.strip() for cell in cells)))))
+    return header, lines
+
+
+def _read_csv(folder: Path) -> ImageSet:
+    """Read `labels.csv`."""
+    file = folder / "labels.csv"
+    header, lines = read_table(file)
+    if "image" not in header:
+        raise DataError(f"{file} needs a first line of column names, one of them `image`; it has "
+                        f"{', '.join(header) or 'none'}; for tables of another form see extras/prepare.py")
     columns = [name for name in header if name not in ("image", "group", "split")]
     named = [name for name in columns if name.lower() in ("label", "labels")]
     if named and len(columns) > 1:
@@ -180,7 +207,7 @@ def _read_csv(folder: Path) -> ImageSet:
         for row, (number, _) in zip(rows, lines):
             if not row.labels:
                 raise DataError(f"{file} line {number} has no label for {row.path}")
-    return ImageSet(folder, rows, _distinct(classes), multi_label)
+    return ImageSet(folder, rows, distinct_classes(classes), multi_label)
 
 
 def _csv_row(file: Path, number: int, line: dict, columns: list[str], by_class: bool) -> Row:
@@ -327,18 +354,21 @@ def read_split(file: Path, images: ImageSet) -> ImageSet:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} can't be read as a split: {error}") from None
     known, rows = {row.path: row for row in images.rows}, []
+    labelled = any(line.get("labels") for line in table)  # else made before there were labels
     for number, line in enumerate(table, 2):
         row = known.get(line.get("path") or "")
         if row is None or line.get("split") not in PARTS:
             raise DataError(f"{file} line {number} names {line.get('path')!r} in part "
                             f"{line.get('split')!r}, which does not fit {images.folder}: the split "
                             "belongs to another data set, or that one has changed")
-        if tuple(filter(None, (line.get("labels") or "").split("|"))) != row.labels:
+        if labelled and tuple(filter(None, (line.get("labels") or "").split("|"))) != row.labels:
             raise DataError(f"{file} line {number}: {row.path} has other labels in {images.folder} now")
         rows.append(replace(row, split=line["split"]))
     if not rows or len({row.path for row in rows}) < len(rows):
         raise DataError(f"{file} is empty or names an image twice")
-    return replace(images, rows=rows)
+    left = len(known) - len(rows)
+    note = [f"{left} images that {file} does not name are left out"] if left else []
+    return replace(images, rows=rows, notes=images.notes + note)
 
 
 # %% images
@@ -360,8 +390,10 @@ def load_image(path: str | Path) -> Image.Image:
         raise DataError(f"{path} can't be read as an image ({type(error).__name__}: "
                         f"{' '.join(str(error).split())[:80]}); mend or remove it, or add --skip-bad") from None
     if image.mode.startswith(("I", "F")):
-        pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-        low, high = pixels.min(), pixels.max()
+        pixels = np.asarray(image, np.float64)
+        finite = pixels[np.isfinite(pixels)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        pixels = np.nan_to_num(pixels, nan=low, posinf=high, neginf=low)
         image = Image.fromarray(((pixels - low) * (255 / ((high - low) or 1))).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -421,9 +453,9 @@ class ImageRows(Dataset):
     drawn from a stream seeded by (seed, e, i), so workers, a cache or a pause change nothing."""
 
     def __init__(self, folder: Path, rows: list[Row], transform: Callable, seed: int = 0,
-                 truth: np.ndarray | None = None) -> None:
-        self.paths = [str(folder / row.path) for row in rows]
-        self.transform, self.seed = transform, seed
+                 truth: np.ndarray | None = None, cache: "ImageCache | None" = None) -> None:
+        self.folder, self.paths = folder, [row.path for row in rows]
+        self.transform, self.seed, self.cache = transform, seed, cache
         self.truth = None if truth is None else torch.from_numpy(truth)
 
     def __len__(self) -> int:
@@ -431,7 +463,8 @@ class ImageRows(Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
-        image = load_image(self.paths[index])
+        path = self.paths[index]
+        image = self.cache[path] if self.cache else load_image(self.folder / path)
         stream = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):  # the training loop's own stream stays as it was
             torch.default_generator.manual_seed(int(stream >> 1))
@@ -487,6 +520,67 @@ def _quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+# %% the cache
+
+
+class ImageCache:
+    """The images of a data set resized to `(size, size)`: one uint8 array `(N, size, size, 3)` in a
+    file in `folder`, mapped into memory. Resizing is the first step of every augmentation, so
+    what comes out of the others is the same to the bit.
+
+    The file's name is a hash of what it was made from, so a changed image makes another file. It is
+    written aside and renamed: what bears the name is whole, whoever else builds it or was killed.
+    Raises `DataError`.
+    """
+
+    def __init__(self, images: ImageSet, size: int, folder: Path, workers: int = 0) -> None:
+        paths = sorted(row.path for row in images.rows)
+        self.index, self.shape = {path: i for i, path in enumerate(paths)}, (size, size, 3)
+        key = hashlib.sha256(repr((images.folder.resolve(), self.shape, PIL.__version__)).encode())
+        for path in paths:
+            try:
+                facts = os.stat(images.folder / path)
+            except OSError as error:
+                raise DataError(f"{images.folder / path} can't be read: {error.strerror}") from None
+            key.update(repr((path, facts.st_size, facts.st_mtime_ns)).encode())
+        self.file = folder / f"images-{size}-{key.hexdigest()[:32]}.uint8"
+        bytes_needed = len(paths) * size * size * 3
+        if not self.file.is_file() or self.file.stat().st_size != bytes_needed:
+            try:
+                self._build(images, bytes_needed, workers)
+            except OSError as error:
+                raise DataError(f"--cache {folder} can't be written: {error.strerror}") from None
+
+    def __getitem__(self, path: str) -> Image.Image:
+        # Mapped anew each time: a map does not survive the way to a worker process.
+        begin = self.index[path] * self.shape[0] * self.shape[1] * 3
+        return Image.fromarray(np.memmap(self.file, np.uint8, "r", begin, self.shape))
+
+    def _build(self, images: ImageSet, bytes_needed: int, workers: int) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        for old in self.file.parent.glob("images-*.tmp"):  # of runs that were killed
+            with contextlib.suppress(OSError):
+                if time.time() - old.stat().st_mtime > 24 * 3600:
+                    old.unlink()
+        if (free := shutil.disk_usage(self.file.parent).free) < bytes_needed:
+            raise DataError(f"--cache {self.file.parent} has {free / 1e9:.1f} GB left, and "
+                            f"{bytes_needed / 1e9:.1f} are needed")
+        resize = v2.Compose([v2.Resize(self.shape[:2], v2.InterpolationMode.BILINEAR), np.array])
+        rows = ImageRows(images.folder, [Row(path) for path in self.index], resize)
+        loader = make_loader(rows, 32, shuffle=False, workers=workers)
+        aside = self.file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        print(f"writing {len(rows)} images, {bytes_needed / 1e9:.1f} GB, to the cache {self.file}")
+        try:
+            with open(aside, "wb") as file:
+                for batch in tqdm(loader, unit="batch", disable=not sys.stdout.isatty()):
+                    file.write(batch.numpy())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, self.file)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
 # %% the command
 
 
@@ -495,13 +589,15 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> 
     add = parser.add_argument
     add("--data", type=Path, required=required, help="folder of images; `python data.py --data DIR` "
         "shows how it is read")
-    add("--split", default="auto", metavar="auto|image|group",
+    add("--split", default="auto", choices=("auto", "image", "group"),
         help="split by image, or keep groups such as patients together; auto: by group where "
              "labels.csv has that column (the paper does not say)")
     add("--ratios", type=ratios, default=(0.7, 0.1, 0.2), metavar="T,V,T",
         help="shares of training, validation and test where the folder has no split of its own "
              "(paper: 0.7,0.1,0.2; its first version: 0.8,0.1,0.1)")
     add("--split-seed", type=int, default=0, help="fixes the split (default: %(default)s)")
+    add("--split-file", type=Path, metavar="FILE", help="take the parts from a split.csv (of a run, or of "
+        "extras.audit) in place of --split; images it does not name are left out")
     add("--skip-bad", action="store_true", help="decode every image first, leave out and count "
         "the damaged ones")
 
@@ -512,7 +608,7 @@ def ratios(text: str) -> tuple[float, ...]:
         values = tuple(float(x) for x in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3 or min(values) < 0 or not values[0] or abs(sum(values) - 1) > 1e-6:
+    if len(values) != 3 or min(values) < 0 or not values[0] or not abs(sum(values) - 1) <= 1e-6:
         raise argparse.ArgumentTypeError(f"{text} is not three shares that sum to 1, like 0.7,0.1,0.2")
     return values
 
@@ -520,9 +616,11 @@ def ratios(text: str) -> tuple[float, ...]:
 def open_images(args: argparse.Namespace) -> ImageSet:
     """Read and split the data set named by the options of `add_data_options`."""
     images = read_images(args.data)
+    if args.split_file:
+        images = read_split(args.split_file, images)
     if args.skip_bad:
         images = good_rows(images)
-    return split_images(images, by=args.split, ratios=args.ratios, seed=args.split_seed)
+    return images if args.split_file else split_images(images, by=args.split, ratios=args.ratios, seed=args.split_seed)
 
 
 def describe(images: ImageSet) -> Iterable[str]:

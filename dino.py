@@ -1,34 +1,33 @@
-"""DINO: self-distillation with no labels, the method CASS is compared with, in one file.
+"""DINO: self-distillation without labels, the method CASS is compared with, in one file.
 
     python dino.py --data ./autoimmune --arch resnet50.a1_in1k --epochs 100
 
-A student network and a teacher network see different crops of one image; a cross-entropy pulls the
-student's output towards the teacher's. The teacher is a moving average of the student. Two things
-keep all outputs from becoming equal: the teacher's are centred (no output may win for every image)
-and sharpened (they may not be uniform either).
+A student and a teacher network see different crops of one image; a cross-entropy pulls the student's
+output towards the teacher's, and the teacher follows the student as its moving average. That all
+outputs become equal is held off twice: the teacher's are centred (none may win for every image) and
+sharpened (they may not all be alike).
 
-The paper ran the Dino class of the package vit-pytorch, once for each network. Where the paper,
-that package and this file differ (option that changes it in brackets):
+The paper ran the Dino class of vit-pytorch, once for each network. Where the paper, that package and
+this file differ, and what DINO's authors do (option that changes it in brackets):
 
 | question | the paper says | its package does | we do |
 |---|---|---|---|
-| student's crops | a local crop | a local one (5-40 % of the area) of each of two views | the same [--local-crops: the teacher's two and N local ones, as DINO's authors] |
-| teacher's crops | a global crop | one (50-100 %) of each view | the same (authors: 40-100 %) |
-| size of the crops | - | full input size, local ones too | the same [--local-size; authors: 96 for 224] |
-| augmentation | "the original implementation" | one draw for the whole batch | a draw for each image, same steps |
-| images | 384 x 384 | a batch of one size | first resized to the square, as for CASS |
-| head | - | 3 x (Linear 256, GELU), L2-norm, Linear | the same (authors: wider, last layer weight-normed, frozen for an epoch) |
-| outputs K | - | 65,336 (its README: 65,536) | 65,336 [--out-dim] |
-| temperatures | - | student 0.9, teacher 0.04 | the same [--student-temperature; authors: 0.1] |
-| warm-up of the teacher's | - | left to the user | none [--teacher-temperature, --temperature-warmup] |
-| teacher | moving average | 0.9, parameters only, training mode | the same [--momentum; authors: 0.996:1] |
-| centre | named | moving average 0.9, from 0 | the same |
-| batch norm | - | statistics of each view alone | the same (authors: views of one size together) |
+| student's crops | local | a local one (5-40 % of the area) of each of two views | the same [--local-crops N: the teacher's two and N local ones, as the authors] |
+| teacher's crops | global | one (50-100 %) of each view | the same (authors: 40-100 %) |
+| size of all crops | - | full input size | the same [--local-size; authors: 96 beside 224] |
+| augmentation | "original implementation" | one draw for the whole batch | one for each image, same steps (authors: others) |
+| images | 384 x 384 | of one size | resized to the square first, as for CASS |
+| head | - | 3 x (Linear 256, GELU), L2-norm, Linear | the same (authors: wider, last layer weight-normed, first epoch frozen) |
+| outputs | - | 65,336 (its README: 65,536) | 65,336 [--out-dim] |
+| temperatures | - | student 0.9, teacher 0.04 | the same [--student-temperature, --teacher-temperature; authors: 0.1] |
+| teacher | moving average | decay 0.9, parameters only, in training mode | the same [--momentum; authors: 0.996:1] |
+| centre | named | decay 0.9, from 0, updated after the loss | the same |
+| batch norm | - | statistics of each view alone | the same (authors: all views of a size together) |
 | optimiser | - | its README: Adam, 3e-4, no schedule | the same [--lr, --warmup, --weight-decay, --clip] |
-| network kept | - | its README: the student | the teacher, as DINO's authors [--save] |
+| network kept | - | its README: the student | the teacher, as the authors [--save] |
 | which images | training split only | - | training split only |
 | last batch of an epoch | - | - | left out if smaller; its images come up in other epochs |
-| collapse | centring avoids it | not looked at | measured each epoch, and said |
+| collapse | centring prevents it | not looked at | measured each epoch |
 """
 
 import argparse
@@ -41,6 +40,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
 import torch
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -62,13 +62,13 @@ class DinoViews:
         self.resize, self.local_crops = v2.Resize((size, size)), local_crops
         self.augment = v2.Compose([
             v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.3), v2.RandomGrayscale(0.2),
-            v2.RandomHorizontalFlip(), v2.RandomApply([v2.GaussianBlur((3, 3), (1.0, 2.0))], p=0.2)])
-        tensor = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True),  # after cropping: 4 times faster,
-                  v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # and the same numbers
+            v2.RandomHorizontalFlip(), v2.RandomApply([blur_3x3], p=0.2)])
+        tensor = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True),  # normalised after cropping, not
+                  v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # before: the same numbers
         self.teacher_crop = v2.Compose([v2.RandomResizedCrop(size, (0.5, 1.0)), *tensor])
         self.local_crop = v2.Compose([v2.RandomResizedCrop(local_size or size, (0.05, 0.4)), *tensor])
 
-    def __call__(self, image: Any) -> Views:
+    def __call__(self, image: Image.Image) -> Views:
         image = self.resize(image)
         views = [self.augment(image), self.augment(image)]
         teacher_views = [self.teacher_crop(view) for view in views]
@@ -76,6 +76,13 @@ class DinoViews:
             return teacher_views, [self.local_crop(view) for view in views]
         extra = [self.local_crop(self.augment(image)) for _ in range(self.local_crops)]
         return teacher_views, teacher_views + extra
+
+
+def blur_3x3(image: Image.Image) -> Image.Image:
+    """Gaussian blur over 3 x 3 pixels, sigma 1 to 2: torchvision's, but for the outermost pixels, in a
+    tenth of the time."""
+    side = math.exp(-0.5 / torch.empty(()).uniform_(1, 2).item() ** 2)  # the middle has weight 1
+    return image.filter(ImageFilter.Kernel((3, 3), [a * b for a in (side, 1, side) for b in (side, 1, side)]))
 
 
 # %% the networks
@@ -213,9 +220,9 @@ def pretrain_dino(
     lr: float = 3e-4,  # the package's README
     out_dim: int = 65336,  # the package; its README and DINO's authors: 65,536
     student_temperature: float = 0.9,  # the package; authors: 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.04),  # start, end; package and authors
-    temperature_warmup: float = 0,  # epochs from start to end; authors: 30 where they differ
-    momentum: tuple[float, float] = (0.9, 0.9),  # of the teacher; start, end; authors: 0.996, 1
+    teacher_temperature: tuple[float, float, float] = (0.04, 0.04, 0),  # start, end, epochs from one
+    # to the other; the package; authors: 0.04 in small runs, 0.04, 0.07, 30 in large ones
+    momentum: tuple[float, float] = (0.9, 0.9),  # the teacher's; start, end; authors: 0.996, 1
     centre_momentum: float = 0.9,  # package and authors
     warmup: float | None = None,  # epochs up to lr, then a cosine down; None: constant; authors: 10
     weight_decay: float = 0.0,  # authors: 0.04 rising to 0.4
@@ -236,11 +243,11 @@ def pretrain_dino(
     """
     now = DinoTraining(student, out_dim, lr, weight_decay, precision)
     autocast = torch.autocast(now.device.type, precision, enabled=precision != torch.float32)
-    measure = gauge_student(gauges, student)
+    measure, (coldest, warmest, rise) = gauge_student(gauges, student), teacher_temperature
     if resume:
         now.load_state_dict(resume)
     else:
-        log({"epoch": 0} | measure(untrained_steps(now, loader, autocast, teacher_temperature[0])))
+        log({"epoch": 0} | measure(untrained_steps(now, loader, autocast, coldest)))
     steps, begin_epoch = len(loader), getattr(loader, "set_epoch", lambda epoch, skip: None)
     bar = tqdm(total=epochs * steps, initial=now.epoch * steps + len(now.losses), unit="step",
                disable=not sys.stdout.isatty())
@@ -252,7 +259,7 @@ def pretrain_dino(
                 group["lr"] = dino_rate(step, epochs * steps, lr, warmup and warmup * steps)
             now.optimizer.zero_grad()
             teacher_views, student_views = ([x.to(now.device, non_blocking=True) for x in part] for part in batch)
-            temperature = linear_between(step, temperature_warmup * steps, *teacher_temperature)
+            temperature = linear_between(step, rise * steps, coldest, warmest)
             with autocast:  # one view after the other: each has batch statistics of its own
                 with torch.no_grad():
                     teacher_logits = torch.stack([now.teacher(view)[1] for view in teacher_views])
@@ -272,7 +279,7 @@ def pretrain_dino(
             bar.update()
             if len(now.losses) % 50 == 0 or stop():  # not each step: it waits for the GPU
                 now.check_loss()
-            if stop():
+            if stop() and len(now.losses) < steps:
                 save(now.state_dict(), force=True)
                 raise KeyboardInterrupt
         now.check_loss()
@@ -282,7 +289,9 @@ def pretrain_dino(
         log(row)
         bar.set_postfix_str(f"loss {row['loss']:.3g}, kl {row['kl']:.3g}, {rate:.3g} images/s")
         now.epoch, now.losses = now.epoch + 1, []
-        save(now.state_dict(), force=now.epoch == epochs)
+        save(now.state_dict(), force=now.epoch == epochs or stop())
+        if stop():
+            raise KeyboardInterrupt
     bar.close()
     return now.student.backbone, now.teacher.backbone
 
@@ -338,40 +347,40 @@ def dino_options() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_data_options(parser)
     add_run_options(parser, epochs=100, batch_size=16, lr=3e-4, image_size=384)
-    add("--arch", action="append", metavar="NAME", help="timm name of a network; each --arch NAME is trained after "
-        f"the one before, in a folder of its own (default, the paper's: {' and '.join(PAPER_NETWORKS)})")
+    add("--arch", action="append", metavar="NAME", help="timm name of a network; each --arch NAME is trained "
+        f"after the one before, in its own folder (default, the paper's: {' and '.join(PAPER_NETWORKS)})")
     add("--student-temperature", type=between(1e-3, 1e3), default=0.9, metavar="T",
-        help="what the student's outputs are divided by (paper: %(default)s; DINO's authors: 0.1)")
-    add("--teacher-temperature", type=between(1e-3, 1e3, pair=True), default=(0.04, 0.04), metavar="T|START:END",
-        help="what the teacher's are divided by; lower is sharper (paper and authors: 0.04)")
-    add("--temperature-warmup", type=between(0, 1e6), default=0.0, metavar="EPOCHS",
-        help="epochs from START to END of --teacher-temperature (paper: none)")
-    add("--momentum", type=between(0, 1, pair=True), default=(0.9, 0.9), metavar="M|START:END", help="share of "
-        "itself that the teacher keeps in a step; START:END along a cosine (paper: 0.9; authors: 0.996:1)")
+        help="divides the student's outputs (paper: %(default)s; DINO's authors: 0.1)")
+    add("--teacher-temperature", type=between(1e-3, 1e3, parts=3), default=(0.04, 0.04, 0.0),
+        metavar="T|START:END:EPOCHS", help="divides the teacher's; lower is sharper; the second form rises from "
+        "START to END in so many epochs (paper: 0.04; authors: that, or 0.04:0.07:30)")
+    add("--momentum", type=between(0, 1, parts=2), default=(0.9, 0.9), metavar="M|START:END",
+        help="share of itself the teacher keeps in a step; START:END: along a cosine (paper: 0.9; authors: 0.996:1)")
     add("--local-crops", type=between(0, 100, kind=int), default=0, metavar="N", help="give the student the "
-        "teacher's two crops and N local ones (paper: 0, a local crop of each of two views; authors: 8)")
+        "teacher's two crops and N local ones (paper: 0, one local crop of each of two views; authors: 8)")
     add("--local-size", type=positive(int), metavar="PIXELS",
         help="size of those N local crops (default: --image-size; authors: 96 beside 224)")
     add("--out-dim", type=positive(int), default=65336, metavar="K",
         help="outputs of the head (paper: %(default)s; authors: 65536)")
-    add("--warmup", type=between(0, 1e6), metavar="EPOCHS", help="let the rate rise so long and then fall along a "
-        "cosine (default, the paper's: a constant rate; authors: 10)")
+    add("--warmup", type=between(0, 1e6), metavar="EPOCHS", help="the rate rises so long, then falls along "
+        "a cosine (default, the paper's: a constant rate; authors: 10)")
     add("--weight-decay", type=between(0, 1e3), default=0.0, metavar="W",
         help="AdamW's, on matrices (paper: none; authors: 0.04 rising to 0.4)")
     add("--clip", type=positive(float), metavar="NORM", help="longest gradient (paper: no limit; authors: 3)")
     add("--save", choices=("teacher", "student"), default="teacher",
-        help="which network is kept (default: %(default)s, as DINO's authors; the package's README: student)")
+        help="the network kept (default: %(default)s, as DINO's authors; the package's README: student)")
     return parser
 
 
-def between(low: float, high: float, kind: type = float, pair: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a number from `low` to `high`; with `pair` A or A:B, as (A, A) or (A, B)."""
+def between(low: float, high: float, kind: type = float, parts: int = 1) -> Callable[[str], Any]:
+    """An argparse type: a number from `low` to `high`, or as many with colons between as there are
+    `parts`, as a tuple; a start alone is the end too."""
     def parse(text: str) -> Any:
         values = [kind(x) for x in text.split(":")]
-        if len(values) > 1 + pair or not all(low <= value <= high for value in values):
+        if len(values) not in (1, parts) or not all(low <= value <= high for value in values):
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return (values[0], values[-1]) if pair else values[0]
-    parse.__name__ = f"number{' or START:END' if pair else ''} ({kind.__name__})"
+        return tuple(values if len(values) == parts else [*values * 2, 0.0][:parts]) if parts > 1 else values[0]
+    parse.__name__ = f"number{' or START:END' if parts > 1 else ''} ({kind.__name__})"
     return parse
 
 
@@ -381,42 +390,38 @@ def run_dino(args: argparse.Namespace) -> None:
     from metrics import collapse_warning
     from runtime import Run, Screen, UserError, build_model, pick_device
 
-    device, networks, short = pick_device(args.device), {}, lambda name: name.split(".")[0]
-    names = args.arch or PAPER_NETWORKS
-    if len(set(map(short, names))) < len(names):
+    device, names, images, ready = pick_device(args.device), args.arch or PAPER_NETWORKS, None, []
+    short = {name: name.split(".")[0] for name in names}
+    if len(set(short.values())) < len(names):
         raise UserError("two --arch are equal up to the dot and would share a folder; run them one by one")
     if args.local_size and not args.local_crops:
         raise UserError("--local-size is the size of extra local crops; say how many with --local-crops")
     for name in names:
-        out = args.out or Path("runs") / f"dino-{short(name)}-{args.data.resolve().name}"
-        out = out / short(name) if args.out and len(names) > 1 else out
+        out = args.out or Path("runs") / f"dino-{short[name]}-{args.data.resolve().name}"
+        out = out / short[name] if args.out and len(names) > 1 else out
         run = Run(out, vars(args) | {"arch": name}, Screen(("backbone",), collapse_warning, ("entropy", "kl")))
         if run.finished:
             print(f"{out} is finished; there is nothing to resume")
-        else:
-            networks[name] = run
-    images = open_images(args) if networks else None
-    if images and len(rows := images.part("train")) < args.batch_size:
-        raise UserError(f"{args.data} has {len(rows)} training images, fewer than a batch of "
-                        f"{args.batch_size}; take a smaller --batch-size")
-    for name, run in networks.items():
-        networks[name] = run, build_model(name, args.init, args.image_size, outputs=0,
-                                          local_size=args.local_size, seed=args.seed)
-        if run.resuming and read_split(run.folder / "split.csv", images).rows != images.rows:
-            raise UserError(f"the images in {args.data} or their split have changed since {run.folder} began")
-    while networks:
-        name = next(iter(networks))  # in the order given
-        run, model = networks.pop(name)
-        train_backbone(name, model.to(device), run, images, args)
+            continue
+        images = images or open_images(args)
+        if len(rows := images.part("train")) < args.batch_size:
+            raise UserError(f"{args.data} has {len(rows)} training images, fewer than a batch of "
+                            f"{args.batch_size}; take a smaller --batch-size")
+        if run.resuming and read_split(out / "split.csv", images).rows != images.rows:
+            raise UserError(f"the images in {args.data} or their split have changed since {out} began")
+        ready.append((run, name, build_model(name, args.init, args.image_size, outputs=0, seed=args.seed,
+                                             local_size=args.local_size)))
+    while ready:  # with no list to hold it, the last network's memory is free for the next
+        train_backbone(*ready.pop(0), device, images, args)
 
 
-def train_backbone(name: str, model: nn.Module, run: Any, images: Any, args: argparse.Namespace) -> None:
+def train_backbone(run: Any, name: str, model: nn.Module, device: torch.device, images: Any,
+                   args: argparse.Namespace) -> None:
     """Train one network and leave its files in the folder of `run`."""
     from data import ImageRows, make_loader, write_split
     from metrics import arm_gauges
     from runtime import StopSignal, pick_precision, pick_workers
 
-    device = next(model.parameters()).device
     precision, workers = pick_precision(args.precision, device), pick_workers(args.workers, device)
     state = run.begin(arms={"backbone": name}, classes=images.classes, multi_label=images.multi_label)
     write_split(run.folder / "split.csv", images)
@@ -426,11 +431,10 @@ def train_backbone(name: str, model: nn.Module, run: Any, images: Any, args: arg
     torch.manual_seed(args.seed)
     with StopSignal(run) as stop:
         student, teacher = pretrain_dino(
-            model, loader, epochs=args.epochs, lr=args.lr, out_dim=args.out_dim,
+            model.to(device), loader, epochs=args.epochs, lr=args.lr, out_dim=args.out_dim,
             student_temperature=args.student_temperature, teacher_temperature=args.teacher_temperature,
-            temperature_warmup=args.temperature_warmup, momentum=args.momentum, warmup=args.warmup,
-            weight_decay=args.weight_decay, clip=args.clip, precision=precision, log=run.log,
-            save=run.save, gauges=arm_gauges, stop=stop, resume=state)
+            momentum=args.momentum, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip,
+            precision=precision, log=run.log, save=run.save, gauges=arm_gauges, stop=stop, resume=state)
     print(run.save_network("backbone.pt", teacher if args.save == "teacher" else student, name))
     run.finish()
 

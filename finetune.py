@@ -2,7 +2,7 @@
 
     python finetune.py --data ./autoimmune --weights runs/cass-autoimmune --labels 0.1
     python finetune.py --data ./autoimmune --arch resnet50           # supervised, for comparison
-    python finetune.py --predict ./new-images --weights runs/finetune-autoimmune
+    python finetune.py --predict ./new-images --weights runs/finetune-cass-autoimmune-0.1
 
 Where the paper, its published notebook and this file differ (option that changes it in brackets):
 
@@ -12,6 +12,7 @@ Where the paper, its published notebook and this file differ (option that change
 | class weights | min-max normalised class distribution | the same, from the whole set; grows with frequency | the same, from the labels the run may see [--class-weights] |
 | schedule | cosine, no length | 16 batches down, 16 up | the same [--schedule] |
 | early stopping | patience 5 on validation loss | summed validation loss over the number of training batches, and only when the training score improves | patience 5 on mean validation loss |
+| labels of the validation part | - | - | all of them, whatever --labels |
 | score | F1, no formula | pooled counts over all epochs so far, at 0.5 | pooled at 0.5 and macro at argmax, of the best epoch |
 | images without any class above 0.5 | - | counted as an extra class | missed, no extra class |
 | which arm to use | can't be told (Section 6) | - | chosen on validation; its test score beside the best arm's |
@@ -19,6 +20,7 @@ Where the paper, its published notebook and this file differ (option that change
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import sys
@@ -76,13 +78,14 @@ class FineTuning:
     def __init__(self, network: nn.Module, lr: float, linear: bool, precision: torch.dtype) -> None:
         self.network, self.device = network, next(network.parameters()).device
         network.requires_grad_(not linear)
-        network.get_classifier().requires_grad_(True)
+        head = network.get_classifier()  # two of them in distilled models
+        nn.ModuleList(head if isinstance(head, tuple) else [head]).requires_grad_(True)
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.frozen = {name: value.clone() for name, value in network.state_dict().items()
                        if linear and name not in trained}
         self.optimizer = torch.optim.Adam(trained.values(), lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.epoch, self.losses = 0, []
+        self.epoch, self.losses = 0, []  # epochs done; the losses of this one
         self.best_loss, self.best_epoch, self.best = math.inf, 0, {}
 
     def state_dict(self) -> dict:
@@ -102,19 +105,24 @@ class FineTuning:
         for number, value in enumerate(state["random"][1:]):
             torch.cuda.set_rng_state(value, number)
 
-    def end_epoch(self, loss: float) -> None:
-        """Count the epoch, and keep its weights if its validation loss is the lowest so far."""
-        self.epoch, self.losses = self.epoch + 1, []
-        if loss < self.best_loss:
-            self.best_loss, self.best_epoch = loss, self.epoch
-            self.best = {name: value.clone() for name, value in self.network.state_dict().items()}
+    def check_loss(self, validation_loss: float = 0.0) -> None:
+        """Raise `FloatingPointError` if a loss of this epoch is not finite."""
+        bad = [step for step, x in enumerate(torch.stack(self.losses).tolist(), 1) if not math.isfinite(x)]
+        if bad or not math.isfinite(validation_loss):
+            where = f"step {bad[0]}" if bad else "validation"
+            raise FloatingPointError(f"the loss is not finite in epoch {self.epoch + 1}, {where}; the last "
+                                     "checkpoint is intact; try a lower --lr or --precision fp32")
 
-    def restore_best(self) -> None:
-        """Go back to the best epoch; with a linear classifier, check that nothing else has moved."""
-        self.network.load_state_dict(self.best)
+    def end_epoch(self, validation_loss: float) -> None:
+        """Count the epoch, and keep its weights if its validation loss is the lowest so far; with a
+        linear classifier, check that nothing else has moved."""
         now = self.network.state_dict()
         for name, value in self.frozen.items():
             assert torch.equal(now[name], value), f"{name} was frozen but has moved"
+        self.epoch, self.losses = self.epoch + 1, []
+        if validation_loss < self.best_loss:
+            self.best_loss, self.best_epoch = validation_loss, self.epoch
+            self.best = {name: value.clone() for name, value in now.items()}
 
 
 def finetune_network(
@@ -143,14 +151,15 @@ def finetune_network(
         now.load_state_dict(resume)
     weights = None if weights is None else weights.to(now.device)
     autocast = torch.autocast(now.device.type, precision, enabled=precision != torch.float32)
-    steps, rate = len(train), lr
+    steps, adam = len(train), now.optimizer.param_groups[0]
     while now.epoch < epochs and now.epoch - now.best_epoch < patience:
         skip = len(now.losses)
         if hasattr(train, "set_epoch"):
             train.set_epoch(now.epoch, skip)
         network.train(not linear)  # a frozen network keeps its batch-norm statistics
-        for step, (images, truth) in enumerate(train, now.epoch * steps + skip):
-            now.optimizer.param_groups[0]["lr"] = rate = tuning_rate(step, lr, t_max)
+        bar = tqdm(train, f"epoch {now.epoch + 1}", leave=False, disable=not sys.stdout.isatty())
+        for step, (images, truth) in enumerate(bar, now.epoch * steps + skip):
+            adam["lr"] = tuning_rate(step, lr, t_max)
             now.optimizer.zero_grad()
             with autocast:
                 logits = network(images.to(now.device, non_blocking=True))  # (N, K)
@@ -159,20 +168,23 @@ def finetune_network(
             now.scaler.step(now.optimizer)
             now.scaler.update()
             now.losses.append(loss.detach())
-            if stop():
+            stopped = stop()
+            if stopped or len(now.losses) % 50 == 0:  # not each step: it waits for the GPU
+                now.check_loss()
+            if stopped:
                 save(now.state_dict(), force=True)
                 raise KeyboardInterrupt
-        validation_loss = evaluate(network, validation, weights, precision)[0]
         train_loss = torch.stack(now.losses).mean().item()
-        if not math.isfinite(train_loss + validation_loss):
-            raise FloatingPointError(f"the loss is no finite number in epoch {now.epoch + 1}; the last "
-                                     "checkpoint is intact; try a lower --lr or --precision fp32")
+        validation_loss = evaluate(network, validation, weights, precision)[0]
+        now.check_loss(validation_loss)
         now.end_epoch(validation_loss)
-        log({"epoch": now.epoch, "loss": train_loss, "validation_loss": validation_loss, "rate": rate,
+        log({"epoch": now.epoch, "loss": train_loss, "validation_loss": validation_loss, "rate": adam["lr"],
              "best": now.best_epoch == now.epoch})
         save(now.state_dict())
-    now.restore_best()
-    return {"epochs": now.epoch, "best_epoch": now.best_epoch, "rate": rate, "validation_loss": now.best_loss}
+    network.load_state_dict(now.best)
+    network.eval()
+    return {"epochs": now.epoch, "best_epoch": now.best_epoch, "rate": adam["lr"],
+            "validation_loss": now.best_loss}
 
 
 @torch.no_grad()
@@ -195,7 +207,7 @@ def evaluate(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], weight
 
 def tune_options() -> argparse.ArgumentParser:
     from data import AUGMENTATIONS, add_data_options
-    from runtime import Options, add_run_options
+    from runtime import Options, add_run_options, positive
 
     parser = Options("finetune.py", "Fine-tune pretrained networks with few labels, score them, predict.")
     add = parser.add_argument
@@ -208,15 +220,16 @@ def tune_options() -> argparse.ArgumentParser:
         help="train all weights (paper) or only a classifier on the frozen network (its first version)")
     add("--labels", type=label_share, default=1.0, help="share of the training labels to use (paper: 0.01, "
         "0.1, 1); smaller shares lie inside larger ones (default: %(default)s)")
-    add("--seeds", type=int, default=1, help="repeat with this many seeds from --seed on, and give mean "
-        "and standard deviation (paper: 5; default: %(default)s)")
+    add("--seeds", type=positive(int), default=1, help="repeat with this many seeds from --seed on, and give "
+        "mean and standard deviation (paper: 5; default: %(default)s)")
     add("--class-weights", choices=("paper", "inverse", "none"), default="paper",
         help="focal loss weights by class: paper grows with the class's frequency and so favours the "
              "majority; inverse favours rare classes (default: %(default)s)")
     add("--schedule", choices=("16", "run"), default="16", help="the rate falls within 16 steps and rises "
         "again (the notebook), or falls once over all --epochs; with few labels 32 steps may outlast "
         "the patience (default: %(default)s)")
-    add("--patience", type=int, default=5, help="epochs without a lower validation loss before it ends (paper: 5)")
+    add("--patience", type=positive(int), default=5,
+        help="epochs without a lower validation loss before it ends (paper: 5)")
     add("--augment", choices=(*AUGMENTATIONS, "none"), default="cass", help="paper: the same as in pretraining")
     add("--predict", type=Path, metavar="FOLDER", help="classify the images of FOLDER with fine-tuned "
         "--weights, into predictions.csv (in --out, or here)")
@@ -225,9 +238,12 @@ def tune_options() -> argparse.ArgumentParser:
 
 def label_share(text: str) -> float:
     """An argparse type: a share above 0 and up to 1."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share of the labels: it must be above 0, at most 1")
+        raise argparse.ArgumentTypeError(f"{text} is no share of the labels, which is above 0 and at most 1")
     return value
 
 
@@ -235,23 +251,20 @@ def find_networks(args: argparse.Namespace) -> dict[str, tuple[str, Path | None]
     """The networks to train: name -> (timm name, file of weights or None)."""
     from runtime import UserError, read_network
 
-    if args.weights is None:
-        if not args.arch:
-            raise UserError("name what to fine-tune: --weights with a run folder or a file, or --arch with "
-                            "a timm model for the supervised baseline")
-        if len(set(args.arch)) < len(args.arch):
-            raise UserError(f"--arch names {args.arch[0]} twice")
-        return {name.split(".")[0]: (name, None) for name in args.arch}
+    if bool(args.weights) == bool(args.arch):
+        raise UserError("name either --weights, a run folder or a file of weights, or --arch, a timm model for "
+                        "the supervised baseline" + (", not both" if args.arch else ""))
     if args.arch:
-        raise UserError("--arch is for the supervised baseline; --weights know their architecture already")
+        networks = {name.split(".")[0]: (name, None) for name in args.arch}
+        if len(networks) < len(args.arch):
+            raise UserError("two --arch are equal up to the dot and would share a file; run them one by one")
+        return networks
+    files = [args.weights]
     if args.weights.is_dir():
-        files = [args.weights / f"{name}.pt" for name in ("cnn", "transformer", "backbone")]
-        files = [file for file in files if file.is_file()] or sorted(
-            file for file in args.weights.glob("*.pt") if not file.name.startswith("checkpoint"))
-    else:
-        files = [args.weights]
-    if not files:
-        raise UserError(f"{args.weights} holds no network; a finished run of cass.py or dino.py does")
+        files = [file for name in ("cnn", "transformer", "backbone") if (file := args.weights / f"{name}.pt").is_file()]
+        files = files or sorted(file for file in args.weights.glob("*.pt") if not file.name.startswith("checkpoint"))
+        if not files:
+            raise UserError(f"{args.weights} holds no network; a finished run of cass.py or dino.py does")
     return {file.stem: (read_network(file)["arch"], file) for file in files}
 
 
@@ -262,9 +275,17 @@ def tuned_images(args: argparse.Namespace):
 
     if args.data is None:
         raise UserError("--data names the folder of labelled images (or --predict FOLDER one to classify)")
-    folder = args.weights if args.weights is None or args.weights.is_dir() else args.weights.parent
-    split = folder and folder / "split.csv"
-    images = read_split(split, read_images(args.data)) if split and split.is_file() else open_images(args)
+    split = args.weights and (args.weights if args.weights.is_dir() else args.weights.parent) / "split.csv"
+    if split and not split.is_file():
+        print(f"note: {split} is not there; make sure that these weights were not pretrained on what is "
+              "now the test part")
+    if split and split.is_file() and not args.split_file:
+        args.split_file = split
+    images = open_images(args)
+    if split and split.is_file() and args.split_file != split:
+        seen = {row.path for row in read_split(split, read_images(args.data)).part("train")}
+        if any(row.path in seen for row in images.part("test")):
+            raise UserError(f"{args.split_file} has test images that these weights were pretrained on")
     if not images.classes:
         raise UserError(f"{args.data} has no labels; fine-tuning needs class folders or a labels.csv")
     if len(images.classes) < 2 and not images.multi_label:
@@ -273,47 +294,54 @@ def tuned_images(args: argparse.Namespace):
         if not images.part(part):
             raise UserError(f"the {part} part of {args.data} is empty; fine-tuning needs training, "
                             "validation and test images (see --ratios)")
+    missing = [c for c, n in zip(images.classes, images.truth(images.part("train")).sum(0)) if n == 0]
+    if missing:
+        images.notes.append(f"no training image is labelled {' or '.join(missing)}, so that can't be learned")
     return images
 
 
 def run_tuning(args: argparse.Namespace) -> None:
     """Fine-tune every network with every seed; write weights, scores and predictions."""
-    from data import label_fraction, write_split
-    from runtime import Run, StopSignal, pick_device, pick_precision, read_network
+    from data import ImageCache, label_fraction, read_split, write_split
+    from runtime import Run, StopSignal, UserError, pick_device, pick_precision, pick_workers, read_network
 
     device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
+    precision, args.workers = pick_precision(args.precision, device), pick_workers(args.workers, device)
     networks, images = find_networks(args), tuned_images(args)
-    args.image_size = args.image_size or next(
-        (read_network(file)["image_size"] for _, file in networks.values() if file), 384)
-    source = args.weights.stem if args.weights else "supervised-" + args.data.resolve().name
+    files = [file.resolve() for _, file in networks.values() if file]
+    args.image_size = args.image_size or (read_network(files[0])["image_size"] if files else 384)
+    source = f"supervised-{args.data.resolve().name}"
+    if files:
+        source = files[0].parent.name + ("" if args.weights.is_dir() else f"-{files[0].stem}")
     out = args.out or Path("runs", f"finetune-{source}-{args.labels:g}{'-linear' * (args.protocol == 'linear')}")
+    if files and out.resolve() == files[0].parent:
+        raise UserError(f"--out {out} holds the --weights, which must stay as they are; choose another --out")
     run = Run(out, vars(args), show_tuning)
     if run.finished:
         return print(f"{out} is finished; there is nothing to resume")
+    if run.resuming and read_split(out / "split.csv", images).rows != images.rows:
+        raise UserError(f"the images in {args.data} or their split have changed since {out} began")
     for arch, file in networks.values():  # refuse what can't be built before anything is written
         new_network(args, arch, file, len(images.classes))
+    cache = args.cache and ImageCache(images, args.image_size, args.cache, args.workers)
     state = run.begin(arms={name: arch for name, (arch, _) in networks.items()}, classes=images.classes,
                       multi_label=images.multi_label, image_size=args.image_size)
     write_split(out / "split.csv", images)
+    for note in images.notes:
+        print(f"note: {note}")
     done, training = (state["done"], state["training"]) if state else ([], None)
     with StopSignal(run) as stop:
-        for seed in range(args.seed, args.seed + args.seeds):
+        for seed, name in itertools.product(range(args.seed, args.seed + args.seeds), networks):
+            if any((entry["seed"], entry["arm"]) == (seed, name) for entry in done):
+                continue
             rows = label_fraction(images, images.part("train"), args.labels, seed)
-            missing = [c for c, n in zip(images.classes, images.truth(rows).sum(0)) if n == 0]
-            if missing:
-                print(f"note: no labelled training image of {', '.join(missing)}: it can't be learned")
-            for name in networks:
-                if any((entry["seed"], entry["arm"]) == (seed, name) for entry in done):
-                    continue
-                network = new_network(args, *networks[name], len(images.classes), seed).to(device)
-                entry = tune_once(
-                    args, network, images, rows, seed, precision, resume=training, stop=stop,
-                    log=lambda row: run.log({"seed": seed, "arm": name, **row}),
-                    save=lambda now, force=False: run.save({"done": done, "training": now}, force))
-                done, training = [*done, {"seed": seed, "arm": name, "images": len(rows), **entry}], None
-                run.save_network(f"{name}-seed{seed}.pt", network, networks[name][0])
-                run.save({"done": done, "training": None}, force=True)
+            network = new_network(args, *networks[name], len(images.classes), seed).to(device)
+            entry = tune_once(args, network, images, rows, cache, seed, precision, resume=training, stop=stop,
+                              log=lambda row: run.log({"seed": seed, "arm": name, **row}),
+                              save=lambda now, force=False: run.save({"done": done, "training": now}, force))
+            load = run.save_network(f"{name}-seed{seed}.pt", network, networks[name][0])
+            done, training = [*done, {"seed": seed, "arm": name, "load": load, **entry}], None
+            run.save({"done": done, "training": None}, force=True)
     report(run, done, images)
 
 
@@ -326,30 +354,27 @@ def new_network(args: argparse.Namespace, arch: str, file: Path | None, classes:
     return load_network(file, args.image_size, outputs=classes, seed=seed)
 
 
-def tune_once(args: argparse.Namespace, network: nn.Module, images: Any, rows: list, seed: int,
+def tune_once(args: argparse.Namespace, network: nn.Module, images: Any, rows: list, cache: Any, seed: int,
               precision: torch.dtype, **hooks: Any) -> dict:
-    """Train one network on `rows` with one seed; how it ended, and its probabilities for the
+    """Train one network on `rows` with one seed: facts on how it ended, and its probabilities for the
     validation and the test part, which is looked at here and only here."""
     from data import ImageRows, augmentation, make_loader
-    from runtime import pick_workers
 
-    device = next(network.parameters()).device
+    def loader(rows: list, augment: str = "none", shuffle: bool = False) -> Iterable:
+        dataset = ImageRows(images.folder, rows, augmentation(args.image_size, augment), seed,
+                            images.truth(rows), cache)
+        return make_loader(dataset, args.batch_size, seed=seed, shuffle=shuffle, workers=args.workers)
 
-    def loader(rows: list, augment: str, training: bool) -> Iterable:
-        dataset = ImageRows(images.folder, rows, augmentation(args.image_size, augment), seed, images.truth(rows))
-        return make_loader(dataset, args.batch_size, seed=seed, shuffle=training,
-                           workers=pick_workers(args.workers, device))
-
-    train, validation = loader(rows, args.augment, True), loader(images.part("val"), "none", False)
+    train, validation = loader(rows, args.augment, shuffle=True), loader(images.part("val"))
     weights = torch.from_numpy(class_weights(images.truth(rows), args.class_weights))
     torch.manual_seed(seed)
-    entry = finetune_network(
+    facts = finetune_network(
         network, train, validation, epochs=args.epochs, lr=args.lr, patience=args.patience, weights=weights,
         t_max=16 if args.schedule == "16" else args.epochs * len(train), linear=args.protocol == "linear",
         precision=precision, **hooks)
-    for part, batches in (("val", validation), ("test", loader(images.part("test"), "none", False))):
-        entry[part] = torch.from_numpy(evaluate(network, batches, precision=precision)[1])  # (N, K)
-    return entry
+    val, test = (torch.from_numpy(evaluate(network, batches, precision=precision)[1])  # (N, K)
+                 for batches in (validation, loader(images.part("test"))))
+    return {"facts": {"images": len(rows), **facts}, "val": val, "test": test}
 
 
 def show_tuning(row: dict) -> None:
@@ -359,6 +384,11 @@ def show_tuning(row: dict) -> None:
 
 
 # %% the command: scores
+
+
+def with_ensemble(arms: dict[str, Any]) -> dict[str, Any]:
+    """The same, and the mean probability of all networks where there are several."""
+    return arms | {"ensemble": sum(arms.values()) / len(arms)} if len(arms) > 1 else arms
 
 
 def score_seeds(done: list[dict], images: Any) -> list[dict]:
@@ -371,24 +401,67 @@ def score_seeds(done: list[dict], images: Any) -> list[dict]:
         entries = {entry["arm"]: entry for entry in done if entry["seed"] == seed}
         val, test = (with_ensemble({name: entry[part].numpy() for name, entry in entries.items()})
                      for part in ("val", "test"))
-        arms = {}
-        for name in test:
-            facts = {key: value for key, value in entries.get(name, {}).items()
-                     if key not in ("seed", "arm", "val", "test")}
-            arms[name] = facts | {
-                "validation": score(truth["val"], val[name], images.classes, images.multi_label)["headline"],
-                "interval": bootstrap_interval(truth["test"], test[name], images.multi_label),
-                "test": score(truth["test"], test[name], images.classes, images.multi_label)}
+        arms = {name: (entries[name]["facts"] if name in entries else {}) | {
+                    "validation": score(truth["val"], val[name], images.classes, images.multi_label)["headline"],
+                    "interval": bootstrap_interval(truth["test"], test[name], images.multi_label),
+                    "test": score(truth["test"], test[name], images.classes, images.multi_label)} for name in test}
         chosen = max(arms, key=lambda name: arms[name]["validation"])
         oracle = max(arms, key=lambda name: arms[name]["test"]["headline"])
         seeds.append({"seed": seed, "chosen": chosen, "oracle": oracle, "arms": arms})
     return seeds
 
 
+def average_seeds(seeds: list[dict]) -> dict[str, dict[str, tuple]]:
+    """For each network, the ensemble, the chosen one and the oracle, every score over all classes as
+    (mean, standard deviation, number of seeds); one that a seed leaves undefined is left out."""
+    from metrics import mean_and_spread
+
+    def flat(test: dict) -> dict[str, float | None]:
+        scores = {"headline": test["headline"], "auroc": test["auroc"]["macro"]}
+        for rule in ("argmax", "threshold_0.5"):
+            scores |= {f"{rule} {key}": value for key, value in test.get(rule, {}).items() if key != "per_class"}
+        return scores
+
+    means: dict[str, dict[str, tuple]] = {}
+    for name in (*seeds[0]["arms"], "chosen", "oracle"):
+        runs = [flat(one["arms"][one.get(name, name)]["test"]) for one in seeds]
+        means[name] = {key: mean_and_spread([scores[key] for scores in runs])
+                       for key in runs[0] if all(scores[key] is not None for scores in runs)}
+    return means
+
+
+def score_table(seeds: list[dict], means: dict[str, dict[str, tuple]]) -> Iterable[str]:
+    """Lines for the screen, at most 100 columns: mean +- standard deviation over seeds, and each run."""
+    def cell(value: tuple | None) -> str:
+        if value is None:
+            return f"{'-':>14}"
+        return f"{value[0]:14.3f}" if value[1] is None else f"{value[0]:7.3f} +-{value[1]:.3f}"
+
+    names, test = list(seeds[0]["arms"]), next(iter(seeds[0]["arms"].values()))["test"]
+    columns = {"headline": "headline", "F1 pooled 0.5": "threshold_0.5 f1_pooled", "recall": "argmax recall_macro",
+               "accuracy": "argmax accuracy", "AUROC": "auroc"}
+    if test["multi_label"]:
+        columns = {"headline": "headline", "macro F1": "threshold_0.5 f1_macro", "AUROC": "auroc",
+                   "recall": "threshold_0.5 recall_macro", "all labels": "threshold_0.5 subset_accuracy"}
+    yield (f"test scores on {test['n']} images, {len(seeds)} seed{'s' * (len(seeds) > 1)}; headline: "
+           f"{test['headline_name']}")
+    yield f"{'':28}" + "".join(f"{title:>14}" for title in columns)
+    for name in means if len(names) > 1 else names:
+        yield f"{name[:27]:28}" + "".join(cell(means[name].get(key)) for key in columns.values())
+    if len(names) > 1:
+        yield "(chosen: by the validation part, for each seed; oracle: the best on the test part, in hindsight)"
+    yield f"\n{'each run':28}{'seed':>6}{'headline':>10}{'95 % interval':>17}{'epochs':>8}{'best':>6}{'last rate':>11}"
+    for one in seeds:
+        for name, arm in one["arms"].items():
+            title = f"{name[:17]}{' (chosen)' if name == one['chosen'] and len(names) > 1 else ''}"
+            ended = f"{arm['epochs']:8d}{arm['best_epoch']:6d}{arm['rate']:11.1e}" if "epochs" in arm else ""
+            yield (f"{title:28}{one['seed']:6d}{arm['test']['headline']:10.3f}"
+                   f"{arm['interval'][0]:9.3f} - {arm['interval'][1]:.3f}{ended}")
+
+
 def report(run: Any, done: list[dict], images: Any) -> None:
     """Write result.json and predictions.csv, keep the weights of the seed that validation likes
     best, and show the table."""
-    from metrics import mean_and_spread
     from runtime import write_text
 
     with warnings.catch_warnings(record=True) as caught:
@@ -396,71 +469,33 @@ def report(run: Any, done: list[dict], images: Any) -> None:
         seeds = score_seeds(done, images)
     if caught:  # one sentence, not one for each network, part and seed
         print(f"note: {caught[0].message}")
-    values = {(kind, name): [s["arms"][name]["test"][rule][key] if rule else s["arms"][name]["test"]["headline"]
-                             for s in seeds]
-              for name in seeds[0]["arms"] for kind, rule, key in table_columns(images.multi_label)}
-    for what in ("chosen", "oracle"):
-        values["headline", what] = [s["arms"][s[what]]["test"]["headline"] for s in seeds]
-    means = {f"{name}: {kind}": mean_and_spread(v) for (kind, name), v in values.items() if None not in v}
-    best = max(seeds, key=lambda s: s["arms"][s["chosen"]]["validation"])
-    result = {"headline": best["arms"][best["chosen"]]["test"]["headline_name"], "kept_seed": best["seed"],
-              "chosen": best["chosen"], "mean_sd_n": means, "seeds": seeds, "run": run.config}
-    write_text(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
+    means, best = average_seeds(seeds), max(seeds, key=lambda s: s["arms"][s["chosen"]]["validation"])
+    write_text(run.folder / "result.json", json.dumps({
+        "headline": best["arms"][best["chosen"]]["test"]["headline_name"], "kept_seed": best["seed"],
+        "chosen": best["chosen"], "mean_sd_n": means, "seeds": seeds,
+        "run": {key: value for key, value in run.config.items() if key != "finished"}}, indent=1) + "\n")
     write_lines(run.folder / "predictions.csv", test_lines(done, seeds, images))
-    for name in run.config["arms"]:
-        (run.folder / f"{name}-seed{best['seed']}.pt").replace(run.folder / f"{name}.pt")
-        for file in run.folder.glob(f"{name}-seed*.pt"):
-            file.unlink()
-    print("\n".join(score_table(seeds, values, images.multi_label)))
+    for file in run.folder.glob("*-seed*.pt"):
+        name, seed = file.stem.rsplit("-seed", 1)
+        file.replace(run.folder / f"{name}.pt") if int(seed) == best["seed"] else file.unlink()
+    print("", *score_table(seeds, means), "", sep="\n")
     run.finish(chosen=best["chosen"])
-    print(f"weights, result.json and predictions.csv are in {run.folder}; for new images:\n"
-          f"  python finetune.py --predict FOLDER --weights {run.folder}")
+    print(f"result.json, predictions.csv and the weights (of seed {best['seed']}) are in {run.folder}; "
+          "timm loads the weights with")
+    for entry in done:
+        if entry["seed"] == best["seed"]:
+            print("  " + entry["load"].replace(f"-seed{best['seed']}.pt", ".pt"))
+    print(f"for new images:\n  python finetune.py --predict FOLDER --weights {run.folder}")
 
 
 def test_lines(done: list[dict], seeds: list[dict], images: Any) -> Iterable[dict]:
     """The test part with its truth and what each network said: one line an image and seed."""
     for one in seeds:
-        arms = with_ensemble({e["arm"]: e["test"].numpy() for e in done if e["seed"] == one["seed"]})
+        arms = {entry["arm"]: entry["test"].numpy() for entry in done if entry["seed"] == one["seed"]}
         for i, row in enumerate(images.part("test")):
             each = {name: p[i] for name, p in arms.items()}
             yield {"seed": one["seed"], "image": row.path, "truth": "|".join(row.labels),
                    **prediction_line(each, one["chosen"], images.classes, images.multi_label)}
-
-
-def table_columns(multi_label: bool) -> list[tuple[str, str, str]]:
-    """(title, decision rule, key in `score`'s dict) of the columns that follow the headline."""
-    rule = "threshold_0.5" if multi_label else "argmax"
-    other = ("macro F1", rule, "f1_macro") if multi_label else ("F1 pooled 0.5", "threshold_0.5", "f1_pooled")
-    return [("headline", "", ""), other, ("recall", rule, "recall_macro"),
-            ("accuracy", rule, "subset_accuracy" if multi_label else "accuracy"), ("AUROC", "auroc", "macro")]
-
-
-def score_table(seeds: list[dict], values: dict, multi_label: bool) -> list[str]:
-    """Lines for the screen, at most 100 columns: mean +- standard deviation over seeds."""
-    from metrics import mean_and_spread
-
-    def cell(kind: str, name: str) -> str:
-        if (kind, name) not in values or None in values[kind, name]:
-            return f"{'-':>14}"
-        mean, spread, _ = mean_and_spread(values[kind, name])
-        return f"{mean:7.3f} +-{spread:.3f}" if spread is not None else f"{mean:14.3f}"
-
-    first = next(iter(seeds[0]["arms"].values()))["test"]
-    kinds = [kind for kind, _, _ in table_columns(multi_label)]
-    lines = [f"test scores on {first['n']} images, {len(seeds)} seed{'s' * (len(seeds) > 1)}; headline: "
-             f"{first['headline_name']}",
-             f"{'':14}" + "".join(f"{kind:>14}" for kind in kinds)]
-    lines += [f"{name[:13]:14}" + "".join(cell(kind, name) for kind in kinds) for name in seeds[0]["arms"]]
-    if len(seeds[0]["arms"]) > 1:
-        picks = ", ".join(dict.fromkeys(s["chosen"] for s in seeds))
-        lines.append(f"{'chosen':14}{cell('headline', 'chosen')}   by validation: {picks}")
-        picks = ", ".join(dict.fromkeys(s["oracle"] for s in seeds))
-        lines.append(f"{'oracle':14}{cell('headline', 'oracle')}   best on the test part: {picks}")
-    for name, arm in seeds[0]["arms"].items():
-        ended = f"; ended after epoch {arm['epochs']}, best {arm['best_epoch']}" if "epochs" in arm else ""
-        lines.append(f"{name}, seed {seeds[0]['seed']}: 95 % of {arm['interval'][0]:.3f} to "
-                     f"{arm['interval'][1]:.3f} over test images{ended}")
-    return lines
 
 
 # %% the command: predictions
@@ -468,34 +503,29 @@ def score_table(seeds: list[dict], values: dict, multi_label: bool) -> list[str]
 
 def prediction_line(arms: dict[str, np.ndarray], chosen: str, classes: list[str], multi_label: bool) -> dict:
     """Cells for one image from each network's probabilities `(K,)`: the decision of the `chosen`
-    one (several classes joined by |), whether the networks agree, and every probability."""
-    def decide(p: np.ndarray) -> str:
-        if multi_label:
-            return "|".join(name for name, value in zip(classes, p) if value > 0.5)
-        return classes[int(p.argmax())]
+    one (several classes joined by |), whether the networks disagree, and every probability."""
+    from metrics import decide
 
-    decisions = {name: decide(p) for name, p in arms.items()}
+    arms, rule = with_ensemble(arms), "threshold" if multi_label else "argmax"
+    decisions = {name: "|".join(c for c, yes in zip(classes, decide(p[None], rule)[0]) if yes)
+                 for name, p in arms.items()}
     return {"class": decisions[chosen], "arms disagree": "yes" if len(set(decisions.values())) > 1 else "no",
             **{f"{name}: class": decision for name, decision in decisions.items()},
             **{f"{name}: {label}": f"{v:.6f}" for name, p in arms.items() for label, v in zip(classes, p)}}
 
 
-def with_ensemble(arms: dict[str, Any]) -> dict[str, Any]:
-    """The same, and the mean probability of all networks where there are several."""
-    return arms | {"ensemble": sum(arms.values()) / len(arms)} if len(arms) > 1 else arms
-
-
-def write_lines(file: Path, lines: Iterable[dict]) -> int:
-    """Write dicts as CSV, aside and then renamed, as they come; returns how many there were."""
-    aside, count = file.with_name(file.name + ".tmp"), 0
-    with open(aside, "w", newline="", encoding="utf-8") as handle:
-        for count, line in enumerate(lines, 1):
-            if count == 1:
-                table = csv.DictWriter(handle, list(line))
-                table.writeheader()
-            table.writerow(line)
-    aside.replace(file)
-    return count
+def write_lines(file: Path, lines: Iterable[dict]) -> None:
+    """Write dicts as CSV as they come, aside and then renamed."""
+    lines, aside = iter(lines), file.with_name(file.name + ".tmp")
+    first = next(lines)
+    try:
+        with open(aside, "w", newline="", encoding="utf-8") as handle:
+            table = csv.DictWriter(handle, list(first))
+            table.writeheader()
+            table.writerows(itertools.chain([first], lines))
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def run_prediction(args: argparse.Namespace) -> None:
@@ -508,43 +538,53 @@ def run_prediction(args: argparse.Namespace) -> None:
     device, out = pick_device(args.device), (args.out or Path(".")) / "predictions.csv"
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} is there already; name another folder with --out, or --overwrite it")
-    saved = {name: read_network(file) | {"file": file} for name, (_, file) in find_networks(args).items()}
-    for one in saved.values():
-        if one["num_classes"] != len(one["classes"]) or not one["classes"]:
-            raise UserError(f"{one['file']} has {one['num_classes']} outputs for {len(one['classes'])} classes: "
+    files = {name: file for name, (_, file) in find_networks(args).items()}
+    first = read_network(next(iter(files.values())))
+    for file in files.values():
+        saved = read_network(file)
+        if saved["num_classes"] != len(saved["classes"]) or not saved["classes"]:
+            raise UserError(f"{file} has {saved['num_classes']} outputs for {len(saved['classes'])} classes: "
                             "it is pretrained only; fine-tune it first")
-    first, config = next(iter(saved.values())), args.weights / "config.json"
-    chosen = json.loads(config.read_text())["chosen"] if config.is_file() else next(iter(saved))
-    networks = {name: load_network(one["file"], one["image_size"]).to(device) for name, one in saved.items()}
+        if saved["classes"] != first["classes"] or saved["image_size"] != first["image_size"]:
+            raise UserError(f"the networks in {args.weights} were trained for different classes or image sizes; "
+                            "name one file with --weights")
+    chosen, config = next(iter(files)), args.weights / "config.json"
+    if config.is_file():
+        chosen = json.loads(config.read_text(encoding="utf-8")).get("chosen")
+        if chosen not in (*files, "ensemble"):
+            raise UserError(f"{args.weights} is no finished run of finetune.py; finish it with --resume, or name "
+                            "one file with --weights")
+    networks = {name: load_network(file, first["image_size"]).to(device) for name, file in files.items()}
     images = find_images(args.predict, args.skip_bad)
     out.parent.mkdir(parents=True, exist_ok=True)
+    for note in images.notes:
+        print(f"note: {note}")
     print(f"{len(images.rows)} images; the class is decided by {chosen}"
-          + (", which did best on validation images" if len(saved) > 1 else ""))
-    lines = predict_lines(args, networks, images, chosen, first["classes"], first["multi_label"], first["image_size"])
-    print(f"wrote {write_lines(out, lines)} predictions to {out}")
+          + (", which did best on validation images" if len(files) > 1 else ""))
+    write_lines(out, predict_lines(args, networks, images, chosen, first))
+    print(f"wrote {len(images.rows)} predictions to {out}")
 
 
 @torch.no_grad()
 def predict_lines(args: argparse.Namespace, networks: dict[str, nn.Module], images: Any, chosen: str,
-                  classes: list[str], multi_label: bool, size: int) -> Iterable[dict]:
-    """One line an image, in the order of `images.rows`."""
+                  saved: dict) -> Iterable[dict]:
+    """One line an image, in the order of `images.rows`; `saved` is what one network's file holds."""
     from data import ImageRows, augmentation, make_loader
     from runtime import pick_precision, pick_workers
 
     device = next(next(iter(networks.values())).parameters()).device
     precision = pick_precision(args.precision, device)
-    loader = make_loader(ImageRows(images.folder, images.rows, augmentation(size, "none")), args.batch_size,
-                         shuffle=False, workers=pick_workers(args.workers, device))
+    dataset = ImageRows(images.folder, images.rows, augmentation(saved["image_size"], "none"))
+    loader = make_loader(dataset, args.batch_size, shuffle=False, workers=pick_workers(args.workers, device))
     rows = iter(images.rows)
     for network in networks.values():
         network.eval()
     for batch in tqdm(loader, unit="batch", disable=not sys.stdout.isatty()):
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             arms = {name: net(batch.to(device)).float().sigmoid().cpu().numpy() for name, net in networks.items()}
-        arms = with_ensemble(arms)
         for i in range(len(batch)):
             each = {name: p[i] for name, p in arms.items()}
-            yield {"image": next(rows).path, **prediction_line(each, chosen, classes, multi_label)}
+            yield {"image": next(rows).path, **prediction_line(each, chosen, saved["classes"], saved["multi_label"])}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -552,7 +592,7 @@ def main(argv: list[str] | None = None) -> None:
     from runtime import clear_exit
 
     args = tune_options().parse_args(argv)
-    with clear_exit(DataError, FloatingPointError):
+    with clear_exit(DataError, FloatingPointError, OSError):
         run_prediction(args) if args.predict else run_tuning(args)
 
 

@@ -74,13 +74,16 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size:
              + (f"{image_size}, the paper's)" if image_size else "as in pretraining, else the paper's 384)"))
     add("--init", default="imagenet", metavar="imagenet|random|FOLDER",
         help="start weights: ImageNet through timm (paper), random, or a folder of weight files "
-             "named like the model, for machines without internet (default: %(default)s)")
+             "named like the model, for machines without internet; cass.py takes two joined by a comma for its "
+             "two arms (default: %(default)s)")
     add("--seed", type=int, default=0, help="drives weights, order and augmentation (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="auto is bf16 or fp16 on a GPU and fp32 on the CPU (default: %(default)s)")
     add("--workers", type=int, help="loader processes; any number gives the same bits (default: 1 on the "
         "CPU, where more would fight with the training threads, and up to 8 beside a GPU)")
+    add("--cache", type=Path, metavar="DIR", help="keep the resized images there, one file of 3 bytes a "
+        "pixel, and read them from it from then on; the results are the same to the bit")
     add("--resume", action="store_true", help="go on from the last checkpoint of this run")
     add("--overwrite", action="store_true", help="start anew in a folder that already holds a run")
 
@@ -174,9 +177,9 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
 
 def _check_size(model: nn.Module, name: str, image_size: int, option: str) -> None:
     """Refuse a size the model can't take: some timm models silently drop what no patch covers."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    patch = max(patch) if isinstance(patch, (tuple, list)) else patch
-    if patch and image_size % patch:
+    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    patch = conv.stride[0] if conv is not None and conv.stride == conv.kernel_size else 1
+    if image_size % patch:
         fits = max(1, image_size // patch) * patch
         raise UserError(f"{option} {image_size} is no multiple of {name}'s patch of {patch} "
                         f"pixels; {fits} is")
@@ -184,7 +187,7 @@ def _check_size(model: nn.Module, name: str, image_size: int, option: str) -> No
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()(torch.zeros(1, 3, image_size, image_size))
         model.train()
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise UserError(f"{name} can't take {option} {image_size}: "
                         f"{' '.join(str(error).split())[:200]}") from None
 
@@ -252,6 +255,7 @@ def load_network(file: Path, image_size: int, outputs: int | None = None, seed: 
         if size != image_size:
             model.set_input_size(img_size=image_size)
             model.image_size = image_size
+            _check_size(model, saved["arch"], image_size, "--image-size")
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"{file} can't be loaded as {saved['arch']} for {image_size} pixels: "
                         f"{' '.join(str(error).split())[:200]}") from None
@@ -317,18 +321,18 @@ class Run:
         from, or None. Before this call nothing is written."""
         state = self._load() if self.resuming else None
         self.config |= facts
-        log = self.folder / "log.jsonl"
+        log, had_run = self.folder / "log.jsonl", (self.folder / "config.json").is_file()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
             if state is None:
-                for old in ("*.pt", "*.jsonl", "*.csv", "result.json"):
-                    for path in self.folder.glob(old):
+                for old in ("*.pt", "log.jsonl", "split.csv", "predictions.csv", "result.json"):
+                    for path in self.folder.glob(old) if had_run else ():  # else these are no run's files
                         path.unlink()
         except OSError as error:
             raise UserError(f"--out {self.folder} can't be written: {error.strerror}") from None
         if state is not None:  # rows after the checkpoint will be made again, a last half line too
-            lines = log.read_text(encoding="utf-8").split("\n")[:state["rows"]]
+            lines = log.read_text(encoding="utf-8").split("\n")[:state["rows"]] if state["rows"] else []
             write_text(log, "".join(line + "\n" for line in lines))
             for line in lines:
                 self.show(json.loads(line))
@@ -389,24 +393,28 @@ class Screen:
     """Shows the rows of a log as a table, and says once what their numbers alone do not.
 
     `warn(gauges, gauges of the untrained start)` returns a sentence about one arm, or None. Raises
-    `UserError` if the weights of an arm have not moved since the start.
+    `UserError` if the weights of an arm have not moved since the start. `extra` are more columns, of
+    no one arm.
     """
 
     COLUMNS = (("cosine", 7, ".3f"), ("spread", 7, ".3f"), ("rank", 6, ".1f"), ("gradient", 9, ".1e"),
                ("moved", 7, ".1e"))
 
-    def __init__(self, arms: tuple[str, ...], warn: Callable[[dict, dict | None], str | None]) -> None:
-        self.arms, self.warn, self.start, self.said = arms, warn, {}, set()
+    def __init__(self, arms: tuple[str, ...], warn: Callable[[dict, dict | None], str | None],
+                 extra: tuple[str, ...] = ()) -> None:
+        self.arms, self.warn, self.extra, self.start, self.said = arms, warn, extra, {}, set()
 
     def __call__(self, row: dict) -> None:
         gauges = {arm: {key: row.get(f"{arm}_{key}") for key, _, _ in self.COLUMNS} for arm in self.arms}
         if not self.start:
             names = "".join(f"{name:>{width + 1}}" for name, width, _ in self.COLUMNS)
-            tqdm.write(" " * 21 + "".join(f" | {arm:{len(names) - 1}}" for arm in self.arms))
-            tqdm.write("epoch     loss  img/s" + "".join(" |" + names[1:] for _ in self.arms))
+            tqdm.write(" " * (21 + 9 * len(self.extra)) + "".join(f" | {arm:{len(names) - 1}}" for arm in self.arms))
+            tqdm.write("epoch     loss  img/s" + "".join(f"{name:>9}" for name in self.extra)
+                       + "".join(" |" + names[1:] for _ in self.arms))
             self.start = gauges
         cells = [f"{row['epoch']:5d}", _cell(row.get("loss"), 9, ".5f"),
-                 _cell(row.get("images_per_second"), 7, ".1f")]
+                 _cell(row.get("images_per_second"), 7, ".1f"),
+                 *(_cell(row.get(name), 9, ".3g") for name in self.extra)]
         for arm in self.arms:
             cells.append(" |" + "".join(_cell(gauges[arm][key], width + (key != "cosine"), form)
                                         for key, width, form in self.COLUMNS))
