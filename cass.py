@@ -21,7 +21,7 @@ Where the paper, its published notebook and this file differ (option that change
 | which images | training split only | the labelled 10 % | training split only |
 | patients in two parts | not said | not prevented | kept together where known [--split] |
 | last batch of an epoch | - | - | left out if smaller; its images come up in other epochs |
-| collapse | "by design avoids" it | not looked at | measured each epoch, and said |
+| collapse | "by design avoids" it | not looked at | measured each epoch, and said; a loss that does not collapse [--loss contrast] |
 """
 
 import argparse
@@ -54,6 +54,23 @@ def cass_loss(cnn_logits: Tensor, transformer_logits: Tensor, eps: float = 1e-8)
                   for x, norm in ((r, r_norm), (t, t_norm)))  # (N, 1), 0 for unit vectors
     return ((r - t).square().sum(1, keepdim=True) + missing).mean()
 
+
+def contrast_loss(cnn_logits: Tensor, transformer_logits: Tensor, temperature: float = 0.1) -> Tensor:
+    """Not in the paper: in-batch contrast between the arms (InfoNCE, van den Oord et al. 2018, in the
+    symmetric form of CLIP, Radford et al. 2021). Both inputs `(N, D)`, N >= 2, result a scalar.
+
+    Each image must recognise its own output by the other arm among those of the whole batch, both
+    ways round. One output for every image, which makes Equation 1 zero, is here no better than chance:
+    log N. Same networks, one view, no teacher; `temperature` 0.1 was chosen on validation (RESULTS.md).
+    """
+    r, t = (nn.functional.normalize(x.float(), dim=1) for x in (cnn_logits, transformer_logits))
+    cosine = (r[:, None] * t[None]).sum(2)  # (N, N), not a matmul: autocast would round that
+    own = torch.arange(len(cosine), device=cosine.device)  # image i belongs to image i
+    logits = cosine / temperature
+    return (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+
+
+RATES = {"cosine": 1e-3, "contrast": 3e-4}  # highest rate with each loss: paper, F.2.3; ours, chosen on validation
 
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {  # paper, D.5; "none" is the method
     "none": lambda logits: logits,
@@ -138,7 +155,8 @@ BAR = ("loss", "cnn_cosine", "transformer_cosine", "images_per_second")  # shown
 def pretrain_cass(
     cnn: nn.Module, transformer: nn.Module, loader: Iterable[Tensor], *,
     epochs: int = 100,  # paper, F.2.3
-    lr: float = 1e-3,  # paper, F.2.3, both arms
+    loss: str = "cosine",  # paper, Equation 1; "contrast" is ours, see contrast_loss
+    lr: float | None = None,  # both arms; cosine: 1e-3 (paper, F.2.3), contrast: 3e-4
     cnn_optimizer: str = "adam",  # paper; "sgd" is its ablation C.4
     outputs: str = "none",  # paper; "sigmoid" and "softmax" are its ablation D.5
     swa_start: float = 0.75,  # ours: the last quarter, as in Izmailov et al. 2018; 1 is off
@@ -156,6 +174,8 @@ def pretrain_cass(
     `stop` is asked after each step. A loader's `set_epoch(epoch, skip)` is called if it has one.
     Raises `FloatingPointError` if the loss is not finite, `KeyboardInterrupt` if stopped.
     """
+    lr, shape = lr or RATES[loss], OUTPUTS[outputs]
+    objective = cass_loss if loss == "cosine" else contrast_loss
     now = CassTraining(cnn, transformer, lr, cnn_optimizer, swa_start < 1, precision)
     autocast = torch.autocast(now.device.type, precision, enabled=precision != torch.float32)
     measure = gauge_arms(gauges, now.arms)
@@ -163,7 +183,7 @@ def pretrain_cass(
         now.load_state_dict(resume)
     else:
         log({"epoch": 0} | measure(untrained_outputs(now.arms, loader, autocast)))
-    steps, shape = len(loader), OUTPUTS[outputs]
+    steps = len(loader)
     bar = tqdm(total=epochs * steps, initial=now.epoch * steps + len(now.losses), unit="step",
                disable=not sys.stdout.isatty())
     while now.epoch < epochs:
@@ -176,14 +196,14 @@ def pretrain_cass(
             images = images.to(now.device, non_blocking=True)
             with autocast:
                 logits = cnn(images), transformer(images)  # one view, both arms; (N, D) each
-                loss = cass_loss(shape(logits[0]), shape(logits[1]))  # Equation 1
-            now.scaler.scale(loss).backward()  # into both arms, no stop-gradient
+                value = objective(shape(logits[0]), shape(logits[1]))  # Equation 1, unless told otherwise
+            now.scaler.scale(value).backward()  # into both arms, no stop-gradient
             for optimizer in now.optimizers:
                 now.scaler.step(optimizer)
             now.scaler.update()
             if step % 32 == 16 and step >= swa_start * epochs * steps:  # a low point of the rate
                 now.average()
-            now.remember(loss, logits)
+            now.remember(value, logits)
             bar.update()
             if len(now.losses) % 50 == 0 or stop():  # not each step: it waits for the GPU
                 now.check_loss()
@@ -255,15 +275,19 @@ def cass_options() -> argparse.ArgumentParser:
     parser = Options("cass.py", "Pretrain a CNN and a Transformer together on a folder of images, without labels.")
     add = parser.add_argument
     add_data_options(parser)
-    add_run_options(parser, epochs=100, batch_size=16, lr=1e-3, image_size=384)
+    add_run_options(parser, epochs=100, batch_size=16, lr=None, image_size=384)
     add("--cnn", default="resnet50.a1_in1k", help="timm name of the first arm (paper: %(default)s)")
     add("--transformer", default="vit_base_patch16_384.augreg_in21k_ft_in1k",
         help="timm name of the second arm (paper: %(default)s); two CNNs or two Transformers work too")
+    add("--loss", choices=tuple(RATES), default="cosine", help="cosine: the paper's Equation 1; contrast: not "
+        "the paper's, in-batch contrast between the arms, which does not collapse (default: %(default)s)")
     add("--cnn-optimizer", choices=("adam", "sgd"), default="adam", help="paper: adam; sgd: its ablation C.4")
     add("--outputs", choices=tuple(OUTPUTS), default="none",
         help="what is applied to the logits before the loss (paper: none; its ablation D.5)")
     add("--augment", choices=AUGMENTATIONS, default="cass",
         help="paper: cass; the others add BYOL's blur and solarize (its ablation C.3)")
+    add("--probe-every", type=int, default=0, metavar="N", help="every N epochs, score simple classifiers on the "
+        "frozen features of both arms; uses labels, for looking only (default: never)")
     add("--swa-start", type=share, default=0.75, help="share of the run after which weights are averaged "
         "at each low point of the rate; 1: never (default: %(default)s; the paper names none)")
     return parser
@@ -277,46 +301,74 @@ def share(text: str) -> float:
     return value
 
 
+def build_arms(args: argparse.Namespace) -> dict[str, nn.Module]:
+    """Both networks, with equally many outputs."""
+    from runtime import UserError, build_model
+
+    names, inits = (args.cnn, args.transformer), args.init.split(",")  # one start for both, or one each
+    arms = [build_model(name, init, args.image_size, seed=args.seed) for name, init in zip(names, inits * 2)]
+    if arms[0].num_classes != arms[1].num_classes:
+        raise UserError("both arms need the same number of outputs, but " + " and ".join(
+            f"{name} has {arm.num_classes}" for name, arm in zip(names, arms)) + "; choose other weights")
+    return dict(zip(("cnn", "transformer"), arms))
+
+
 def run_cass(args: argparse.Namespace) -> None:
     """Read, split, train, save. Nothing is written before every option has been checked."""
-    from data import ImageCache, ImageRows, augmentation, make_loader, open_images, read_split, write_split
-    from metrics import arm_gauges, collapse_warning
-    from runtime import Run, Screen, StopSignal, UserError, build_model, pick_device, pick_precision, pick_workers
+    from data import (ImageCache, ImageRows, augmentation, make_loader, open_images, probe_loaders, read_split,
+                      write_split)
+    from metrics import arm_gauges, collapse_warning, network_features, probe_scores
+    from runtime import Run, Screen, StopSignal, UserError, pick_device, pick_precision, pick_workers
 
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
+    args.lr = args.lr or RATES[args.loss]
     out = args.out or Path("runs") / f"cass-{args.data.resolve().name}"
-    run = Run(out, vars(args), Screen(("cnn", "transformer"), collapse_warning))
+
+    def warn(*gauges: dict | None) -> str | None:
+        sentence = collapse_warning(*gauges)
+        return sentence and sentence + (" --loss contrast does not collapse like this (README, Will it collapse?)."
+                                        if args.loss == "cosine" else "")
+
+    probes = [f"{arm}_{probe}" for arm in ("cnn", "transformer") for probe in ("knn", "linear") if args.probe_every]
+    run = Run(out, vars(args), Screen(("cnn", "transformer"), warn, tuple(probes)))
     if run.finished:
         return print(f"{out} is finished; there is nothing to resume")
     images = open_images(args)
     rows = images.part("train")
+    if args.probe_every and not images.classes:
+        raise UserError(f"{args.data} has no labels, which --probe-every needs to look with")
     if len(rows) < args.batch_size:
         raise UserError(f"{args.data} has {len(rows)} training images, fewer than a batch of "
                         f"{args.batch_size}; take a smaller --batch-size")
-    names = {"cnn": args.cnn, "transformer": args.transformer}
-    inits = dict(zip(names, args.init.split(",") * 2))  # one for both, or CNN's,Transformer's
-    arms = {arm: build_model(name, inits[arm], args.image_size, seed=args.seed) for arm, name in names.items()}
-    if arms["cnn"].num_classes != arms["transformer"].num_classes:
-        raise UserError("both arms need the same number of outputs, but " + " and ".join(
-            f"{names[k]} has {arm.num_classes}" for k, arm in arms.items()) + "; choose other weights")
+    names, arms = {"cnn": args.cnn, "transformer": args.transformer}, build_arms(args)
     if run.resuming and read_split(out / "split.csv", images).rows != images.rows:
         raise UserError(f"the images in {args.data} or their split have changed since {out} began")
     workers = pick_workers(args.workers, device)
     cache = args.cache and ImageCache(images, args.image_size, args.cache, workers)
     state = run.begin(arms=names, classes=images.classes, multi_label=images.multi_label)
     write_split(out / "split.csv", images)
-    for note in images.notes:
+    notes = ["labels are used for the probes, to look at; nothing is trained on them"] if args.probe_every else []
+    for note in images.notes + notes:
         print(f"note: {note}")
     augment = augmentation(args.image_size, args.augment)
     loader = make_loader(ImageRows(images.folder, rows, augment, args.seed, cache=cache), args.batch_size,
                          seed=args.seed, drop_last=True, workers=workers)
+    looks = probe_loaders(images, args.image_size, args.batch_size, workers, cache) if args.probe_every else ()
+
+    def log(row: dict) -> None:
+        if looks and (row["epoch"] % args.probe_every == 0 or row["epoch"] == args.epochs):
+            for name, arm in arms.items():
+                scores = probe_scores(*network_features(arm, *looks), images.multi_label)
+                row |= {f"{name}_{key}": value for key, value in scores.items()}
+        run.log(row)
+
     torch.manual_seed(args.seed)
     with StopSignal(run) as stop:
         networks = pretrain_cass(
-            *(arm.to(device) for arm in arms.values()), loader, epochs=args.epochs, lr=args.lr,
+            *(arm.to(device) for arm in arms.values()), loader, epochs=args.epochs, loss=args.loss, lr=args.lr,
             cnn_optimizer=args.cnn_optimizer, outputs=args.outputs, swa_start=args.swa_start,
-            precision=precision, log=run.log, save=run.save, gauges=arm_gauges, stop=stop, resume=state)
+            precision=precision, log=log, save=run.save, gauges=arm_gauges, stop=stop, resume=state)
     if args.swa_start < 1 and networks[0] is arms["cnn"]:
         print("no low point of the rate fell into the averaging: the networks are saved as the last step left them")
     for arm, network in zip(names, networks):

@@ -152,10 +152,12 @@ def _image_files(folder: Path) -> Iterator[str]:
 
 
 def distinct_classes(classes: list[str]) -> list[str]:
-    """The same list, refused if two names differ by case alone or hold the separator."""
-    for a, b in zip(ordered := sorted(classes, key=str.lower), ordered[1:]):
-        if a.lower() == b.lower():
-            raise DataError(f"classes {a!r} and {b!r} differ by case alone; write them the same way")
+    """The same list, refused if two names differ by case or white space alone, or hold the separator."""
+    plain: dict[str, str] = {}
+    for name in classes:
+        if (other := plain.setdefault(" ".join(name.lower().split()), name)) != name:
+            a, b = sorted((other, name))
+            raise DataError(f"classes {a!r} and {b!r} differ by white space or case alone; write them the same way")
     for name in classes:
         if "|" in name:
             raise DataError(f"class {name!r} has a | in its name, which separates labels; rename it")
@@ -511,6 +513,14 @@ def make_loader(dataset: Dataset, batch_size: int, *, seed: int = 0, shuffle: bo
                        persistent_workers=workers > 0, worker_init_fn=_quiet_worker,
                        pin_memory=torch.cuda.is_available(),
                        generator=torch.Generator())  # else each pass draws from the global stream
+
+
+def probe_loaders(images: ImageSet, size: int, batch_size: int, workers: int,
+                  cache: "ImageCache | None" = None) -> tuple[EpochLoader, EpochLoader]:
+    """The training and the validation part with labels, in order and without augmentation."""
+    return tuple(make_loader(ImageRows(images.folder, rows, augmentation(size, "none"), truth=images.truth(rows),
+                                       cache=cache), batch_size, shuffle=False, workers=workers)
+                 for rows in (images.part("train"), images.part("val")))
 
 
 def _quiet_worker(_: int) -> None:

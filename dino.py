@@ -340,10 +340,9 @@ PAPER_NETWORKS = ("resnet50.a1_in1k", "vit_base_patch16_384.augreg_in21k_ft_in1k
 
 def dino_options() -> argparse.ArgumentParser:
     from data import add_data_options
-    from runtime import add_run_options, positive
+    from runtime import Options, add_run_options, positive
 
-    parser = argparse.ArgumentParser(prog="dino.py", allow_abbrev=False, description="Pretrain a network by "
-                                     "DINO on a folder of images, without labels.")
+    parser = Options("dino.py", "Pretrain a network by DINO on a folder of images, without labels.")
     add = parser.add_argument
     add_data_options(parser)
     add_run_options(parser, epochs=100, batch_size=16, lr=3e-4, image_size=384)
@@ -411,6 +410,8 @@ def run_dino(args: argparse.Namespace) -> None:
             raise UserError(f"the images in {args.data} or their split have changed since {out} began")
         ready.append((run, name, build_model(name, args.init, args.image_size, outputs=0, seed=args.seed,
                                              local_size=args.local_size)))
+    for note in images.notes if images else ():
+        print(f"note: {note}")
     while ready:  # with no list to hold it, the last network's memory is free for the next
         train_backbone(*ready.pop(0), device, images, args)
 
@@ -418,15 +419,16 @@ def run_dino(args: argparse.Namespace) -> None:
 def train_backbone(run: Any, name: str, model: nn.Module, device: torch.device, images: Any,
                    args: argparse.Namespace) -> None:
     """Train one network and leave its files in the folder of `run`."""
-    from data import ImageRows, make_loader, write_split
+    from data import ImageCache, ImageRows, make_loader, write_split
     from metrics import arm_gauges
     from runtime import StopSignal, pick_precision, pick_workers
 
     precision, workers = pick_precision(args.precision, device), pick_workers(args.workers, device)
+    cache = args.cache and ImageCache(images, args.image_size, args.cache, workers)
     state = run.begin(arms={"backbone": name}, classes=images.classes, multi_label=images.multi_label)
     write_split(run.folder / "split.csv", images)
     views = DinoViews(args.image_size, args.local_crops, args.local_size)
-    loader = make_loader(ImageRows(images.folder, images.part("train"), views, args.seed),
+    loader = make_loader(ImageRows(images.folder, images.part("train"), views, args.seed, cache=cache),
                          args.batch_size, seed=args.seed, drop_last=True, workers=workers)
     torch.manual_seed(args.seed)
     with StopSignal(run) as stop:

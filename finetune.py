@@ -434,8 +434,8 @@ def score_table(seeds: list[dict], means: dict[str, dict[str, tuple]]) -> Iterab
     """Lines for the screen, at most 100 columns: mean +- standard deviation over seeds, and each run."""
     def cell(value: tuple | None) -> str:
         if value is None:
-            return f"{'-':>14}"
-        return f"{value[0]:14.3f}" if value[1] is None else f"{value[0]:7.3f} +-{value[1]:.3f}"
+            return f"{'-':>15}"
+        return f"{value[0]:15.3f}" if value[1] is None else f"{value[0]:7.3f} +-{value[1]:.3f}"
 
     names, test = list(seeds[0]["arms"]), next(iter(seeds[0]["arms"].values()))["test"]
     columns = {"headline": "headline", "F1 pooled 0.5": "threshold_0.5 f1_pooled", "recall": "argmax recall_macro",
@@ -445,17 +445,17 @@ def score_table(seeds: list[dict], means: dict[str, dict[str, tuple]]) -> Iterab
                    "recall": "threshold_0.5 recall_macro", "all labels": "threshold_0.5 subset_accuracy"}
     yield (f"test scores on {test['n']} images, {len(seeds)} seed{'s' * (len(seeds) > 1)}; headline: "
            f"{test['headline_name']}")
-    yield f"{'':28}" + "".join(f"{title:>14}" for title in columns)
+    yield f"{'':25}" + "".join(f"{title:>15}" for title in columns)
     for name in means if len(names) > 1 else names:
-        yield f"{name[:27]:28}" + "".join(cell(means[name].get(key)) for key in columns.values())
+        yield f"{name[:24]:25}" + "".join(cell(means[name].get(key)) for key in columns.values())
     if len(names) > 1:
-        yield "(chosen: by the validation part, for each seed; oracle: the best on the test part, in hindsight)"
-    yield f"\n{'each run':28}{'seed':>6}{'headline':>10}{'95 % interval':>17}{'epochs':>8}{'best':>6}{'last rate':>11}"
+        yield "(chosen: the best on the validation part; oracle: the best on the test part, in hindsight)"
+    yield f"\n{'each run':25}{'seed':>6}{'headline':>10}{'95 % interval':>17}{'epochs':>8}{'best':>6}{'last rate':>11}"
     for one in seeds:
         for name, arm in one["arms"].items():
-            title = f"{name[:17]}{' (chosen)' if name == one['chosen'] and len(names) > 1 else ''}"
+            title = f"{name[:15]}{' (chosen)' if name == one['chosen'] and len(names) > 1 else ''}"
             ended = f"{arm['epochs']:8d}{arm['best_epoch']:6d}{arm['rate']:11.1e}" if "epochs" in arm else ""
-            yield (f"{title:28}{one['seed']:6d}{arm['test']['headline']:10.3f}"
+            yield (f"{title:25}{one['seed']:6d}{arm['test']['headline']:10.3f}"
                    f"{arm['interval'][0]:9.3f} - {arm['interval'][1]:.3f}{ended}")
 
 
@@ -468,13 +468,13 @@ def report(run: Any, done: list[dict], images: Any) -> None:
         warnings.simplefilter("always")
         seeds = score_seeds(done, images)
     if caught:  # one sentence, not one for each network, part and seed
-        print(f"note: {caught[0].message}")
+        print(f"note: at least once, {caught[0].message}")
     means, best = average_seeds(seeds), max(seeds, key=lambda s: s["arms"][s["chosen"]]["validation"])
     write_text(run.folder / "result.json", json.dumps({
         "headline": best["arms"][best["chosen"]]["test"]["headline_name"], "kept_seed": best["seed"],
         "chosen": best["chosen"], "mean_sd_n": means, "seeds": seeds,
         "run": {key: value for key, value in run.config.items() if key != "finished"}}, indent=1) + "\n")
-    write_lines(run.folder / "predictions.csv", test_lines(done, seeds, images))
+    write_lines(run.folder / "predictions.csv", tested_lines(done, seeds, images))
     for file in run.folder.glob("*-seed*.pt"):
         name, seed = file.stem.rsplit("-seed", 1)
         file.replace(run.folder / f"{name}.pt") if int(seed) == best["seed"] else file.unlink()
@@ -488,7 +488,7 @@ def report(run: Any, done: list[dict], images: Any) -> None:
     print(f"for new images:\n  python finetune.py --predict FOLDER --weights {run.folder}")
 
 
-def test_lines(done: list[dict], seeds: list[dict], images: Any) -> Iterable[dict]:
+def tested_lines(done: list[dict], seeds: list[dict], images: Any) -> Iterable[dict]:
     """The test part with its truth and what each network said: one line an image and seed."""
     for one in seeds:
         arms = {entry["arm"]: entry["test"].numpy() for entry in done if entry["seed"] == one["seed"]}

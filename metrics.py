@@ -3,6 +3,7 @@
     scores (numpy)     decide, class_counts, precision_recall_f1, auroc_per_class, confusion_matrix,
                        score (all of them in one dict), bootstrap_interval, mean_and_spread, gain
     collapse (torch)   collapse_gauges, collapse_warning, weight_distance
+    probes (torch)     network_features, probe_scores
     similarity (torch) linear_cka, hsic_unbiased, MinibatchCKA
 
 Labels are multi-hot 0/1 of shape (N, K), for multi-class tasks too (one 1 a row); probabilities (N, K) are per
@@ -12,6 +13,7 @@ ones; *pooled* (micro) adds up the counts of all classes first, so common classe
 are missing from the paper's text; its notebook pools F1, and its "balanced accuracy" (ISIC) is the mean recall.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -290,6 +292,49 @@ class MinibatchCKA:
 
     def matrix(self) -> Tensor:
         return self.xy / (self.xx[:, None] * self.yy[None]).sqrt()
+
+
+# %% Probes
+
+
+@torch.no_grad()
+def network_features(network: torch.nn.Module, train: Iterable, validation: Iterable) -> list[tuple[Tensor, Tensor]]:
+    """[(features (N, F), truth (N, K)) of `train`, of `validation`]: pooled, before the head, in evaluation mode.
+
+    Batches are (images, multi-hot truth). Works on a copy of the network whose batch-norm statistics are computed
+    anew from `train`: those of an untrained network are unset, and half-way through training they lag behind.
+    """
+    device, network = next(network.parameters()).device, copy.deepcopy(network)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout must not draw from the run's stream
+        torch.optim.swa_utils.update_bn(train, network, device)
+    network.eval()
+    found = []
+    for batches in (train, validation):
+        pairs = [(network.forward_head(network.forward_features(x.to(device)), pre_logits=True).cpu().double(), y)
+                 for x, y in batches]
+        found.append(tuple(torch.cat(column) for column in zip(*pairs)))
+    return found
+
+
+def probe_scores(train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], multi_label: bool,
+                 k: int = 20) -> dict[str, float]:
+    """What simple classifiers on frozen features (N, F) reach on `validation`, as macro F1 (pooled for multi-label).
+
+    knn: the mean labels of the k nearest training images by cosine (of all, if there are fewer).
+    linear: ridge regression of the labels on standardised features, penalty 0.01 N. Neither draws a random number.
+    """
+    (x, y), (z, truth) = train, validation
+    mean, sd = x.mean(0), x.std(0, correction=0).clamp_min(1e-8)
+    x, z, y = (x - mean) / sd, (z - mean) / sd, y.double()
+    unit_x, unit_z = (torch.nn.functional.normalize(v, dim=1) for v in (x, z))
+    votes = y[(unit_z @ unit_x.T).topk(min(k, len(x))).indices].mean(1)  # (N, K)
+    weights = torch.linalg.solve(x.T @ x + 0.01 * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (y - y.mean(0)))
+    scores = {}
+    for name, values in (("knn", votes), ("linear", z @ weights + y.mean(0))):
+        counts = class_counts(truth.numpy(), decide(values.numpy(), "threshold" if multi_label else "argmax"))
+        counts = {kind: n.sum() for kind, n in counts.items()} if multi_label else counts
+        scores[name] = float(precision_recall_f1(counts)["f1"].mean())
+    return scores
 
 
 def arm_gauges(outputs: Tensor, arm: torch.nn.Module, start: Sequence[Tensor]) -> dict[str, float | None]:

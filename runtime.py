@@ -61,14 +61,15 @@ class Options(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float,
+def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float | None,
                     image_size: int | None) -> None:
     """Add the options that mean the same in every command; the defaults are the paper's."""
     add = parser.add_argument
     add("--out", type=Path, help="run folder (default: runs/<method>-<data set>)")
     add("--epochs", type=positive(int), default=epochs, help="passes over the data (paper: %(default)s)")
     add("--batch-size", type=positive(int), default=batch_size, help="images a step (paper: %(default)s)")
-    add("--lr", type=positive(float), default=lr, help="Adam's highest rate (paper: %(default)s)")
+    add("--lr", type=positive(float), default=lr,
+        help="highest learning rate (default: " + (f"{lr:g})" if lr else "1e-3, the paper's; 3e-4 with --loss contrast)"))
     add("--image-size", type=positive(int), default=image_size,
         help="images are resized to this square, in pixels (default: "
              + (f"{image_size}, the paper's)" if image_size else "as in pretraining, else the paper's 384)"))

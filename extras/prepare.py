@@ -21,7 +21,6 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from data import (PART_NAMES, PARTS, DataError, Row, describe, distinct_classes, find_images, read_images, read_table,
                   split_images)
-from runtime import clear_exit
+from runtime import Options, clear_exit
 
 ISIC, ISIC_FACTS = "ISIC_2019_Training_GroundTruth.csv", "ISIC_2019_Training_Metadata.csv"
 # Column names by what they hold, the likeliest first; compared in lower case, with _ for blanks and hyphens.
@@ -163,7 +162,7 @@ def read_isic(folder: Path, file: Path, options: argparse.Namespace) -> Table:
     image, lesion = (_column(header, (), name) for name in ("image", "lesion_id"))
     lesions = {line[image]: line[lesion] for _, line in lines}
     table.notes.append(f"groups from 'lesion_id' of {facts.name}")
-    return table._replace(rows=[replace(row, group=lesions.get(Path(row.path).stem, "")) for row in table.rows])
+    return table._replace(rows=[Row(r.path, r.labels, lesions.get(Path(r.path).stem, "")) for r in table.rows])
 
 
 # %% Dermofit and MedMNIST
@@ -256,9 +255,9 @@ def guess_kind(folder: Path, table: Path | None) -> tuple[str, Path | None, str]
             raise DataError(f"{found[0]} and {found[1]} may both tell the labels; choose one with --table or --data")
         if found:
             return kind, found[0], found[0].name
-    names = {str(p.with_suffix("")).lower() for p in seen}
-    masks = [p.name for p in seen if f"{str(p.with_suffix('')).lower()}mask" in names]
-    return ("dermofit", None, f"a mask of {masks[0]}") if masks else ("folders", None, "no other table and no mask: nothing to do")
+    stems = {str(p.with_suffix("")).lower(): p.name for p in seen}
+    masks = [name for stem, name in stems.items() if f"{stem}mask" in stems]
+    return ("dermofit", None, f"a mask of {masks[0]}") if masks else ("folders", None, "no table, no mask: nothing to do")
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -282,8 +281,7 @@ def run_prepare(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m extras.prepare", allow_abbrev=False, description="Write a "
-                                     "labels.csv for a data set that has another form.")
+    parser = Options("python -m extras.prepare", "Write a labels.csv for a data set that has another form.")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of the data set, or a MedMNIST file NAME.npz")
     add("--kind", choices=("isic2019", "dermofit", "csv", "medmnist"), help="form of the data set (default: guessed)")

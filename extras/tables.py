@@ -22,7 +22,7 @@ import cass
 import dino
 import finetune
 from data import DataError, open_images
-from extras import audit, speed
+from extras import speed
 from metrics import gain, mean_and_spread
 from runtime import Options, UserError, clear_exit, pick_device, write_text
 
@@ -31,7 +31,8 @@ from runtime import Options, UserError, clear_exit, pick_device, write_text
 R50, VIT = "resnet50.a1_in1k", "vit_base_patch16_384.augreg_in21k_ft_in1k"
 SIZES = {  # small: what 2 CPU cores carry; it is not the paper's set-up, and every table says so
     "paper": {"cnn": R50, "transformer": VIT, "image_size": 384, "init": "imagenet", "epochs": 100, "tuning": 50},
-    "small": {"cnn": R50, "transformer": VIT, "image_size": 96, "init": "random", "epochs": 20, "tuning": 50},
+    "small": {"cnn": R50, "transformer": VIT, "image_size": 96, "init": "random", "epochs": 20, "tuning": 50,
+              "out_dim": 1024},  # DINO's head: 65,336 outputs would outweigh the small networks
 }
 SMALL = {  # the network that stands in for each of the paper's at --size small
     R50: "test_resnet", VIT: "test_vit", "resnet18.a1_in1k": "resnet10t", "resnet200": "resnet14t",
@@ -40,9 +41,12 @@ SMALL = {  # the network that stands in for each of the paper's at --size small
 
 
 def compare(*figures: tuple) -> list[dict]:
-    """Rows of Tables 2 to 5 from (method, arm, {share of labels: (mean, spread)})."""
-    return [{"method": method, "arm": arm, "labels": labels, "paper": paper}
+    """Rows of Tables 2 to 5 from (method, arm, {share of labels: (mean, spread)}); CASS's rows come again
+    with the loss that is not the paper's."""
+    rows = [{"method": method, "arm": arm, "labels": labels, "paper": paper}
             for method, arm, scores in figures for labels, paper in scores.items()]
+    return rows + [row | {"paper": None, "name": "--loss contrast", "options": {"loss": "contrast"}}
+                   for row in rows if row["method"] == "CASS"]
 
 
 def ablate(*rows: tuple) -> list[dict]:
@@ -199,7 +203,8 @@ def jobs_of(row: dict, seed: int, args: argparse.Namespace) -> list[tuple]:
         arch, folder = o[arm], base / f"seed{seed}" / f"{row['method'].lower()}-{o[arm]}-init{o['init']}"
         if row["method"] == "DINO":
             folder = folder.with_name(f"{folder.name}-epochs{o['epochs']}")
-            found.append((dino, common | {"arch": arch, "epochs": o["epochs"]}, folder))
+            head = {"out_dim": SIZES[args.size]["out_dim"]} if "out_dim" in SIZES[args.size] else {}
+            found.append((dino, common | {"arch": arch, "epochs": o["epochs"]} | head, folder))
             found.append((finetune, tune | {"weights": folder}, folder.with_name(f"{folder.name}-tuned-{labels:g}")))
         else:
             found.append((finetune, tune | {"arch": arch}, folder.with_name(f"{folder.name}-{labels:g}")))
@@ -283,7 +288,7 @@ def table_lines(name: str, rows: list[dict], args: argparse.Namespace, leaks: in
     if args.size == "small":
         lines += [f"**Small: not the paper's set-up.** {SMALL[R50]} and {SMALL[VIT]} (and small stand-ins for other "
                   f"networks) at {size['image_size']} pixels from random weights, {args.epochs or size['epochs']} epochs "
-                  "of pretraining for the paper's 100.", ""]
+                  f"of pretraining for the paper's 100, DINO's head with {size['out_dim']:,} outputs for 65,336.", ""]
     lines += [f"Data: {args.data.name}; {images} test images, of which {leaks} also stand in training; {args.seeds} "
               f"seeds; schedule of fine-tuning: {args.schedule}. \"{metric_name}\" is what the paper's figure is nearest to.", "",
               f"| method | arm | labels | macro F1 (argmax) | {metric_name} | paper | chosen arm | ensemble | "
@@ -383,6 +388,7 @@ def tables_options() -> argparse.ArgumentParser:
         "20 epochs; paper: the paper's set-up (default: %(default)s)")
     add("--seeds", type=int, default=3, help="each pretrains and fine-tunes anew (paper: 5; default: %(default)s)")
     add("--epochs", type=int, help="epochs of pretraining for the paper's 100, instead of the size's")
+    add("--labels", type=float, nargs="*", help="only rows with these shares of the labels, such as 0.01 0.1")
     add("--schedule", choices=("16", "run"), default="16", help="rate of fine-tuning, see finetune.py --help")
     add("--metric", choices=("f1", "recall"), help="the paper's metric (default: recall for ISIC 2019, else pooled F1)")
     add("--split-file", type=Path, help="a split.csv to use, such as the audit's without leaking test images")
@@ -397,6 +403,8 @@ def make_tables(args: argparse.Namespace) -> None:
     for name in args.tables:
         if name not in TABLES:
             raise UserError(f"there is no table {name}; --list names {', '.join(TABLES)}")
+        if args.labels:
+            TABLES[name]["rows"] = [row for row in TABLES[name]["rows"] if row["labels"] in args.labels]
     if args.list or not args.tables:
         return print("\n".join(list_tables()))
     if args.data is None:
@@ -418,6 +426,7 @@ def make_tables(args: argparse.Namespace) -> None:
             recall = args.metric == "recall" or not args.metric and TABLES[name]["data"] == "ISIC 2019"
             metric = ("argmax", "balanced_accuracy") if recall else ("threshold_0.5", "f1_pooled")
             rows = [fill(row, args, shared, metric) for row in TABLES[name]["rows"]]
+            from extras import audit
             leaks = audit.count_leaks(open_images(args))
             lines = table_lines(name, rows, args, leaks, "recall" if recall else "pooled F1 at 0.5")
         write_table(name, rows, lines, args.out)

@@ -706,20 +706,25 @@ def test_networks_of_the_paper_by_default() -> None:
 
 def test_options_have_the_papers_defaults_and_arrive(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = vars(dino.dino_options().parse_args(["--data", "d"]))
-    names = ("epochs lr out_dim student_temperature teacher_temperature momentum warmup weight_decay "
-             "clip").split()
-    assert {name: args[name] for name in names} == {name: pretrain_dino.__kwdefaults__[name] for name in names}
+    other = {"epochs": 3, "lr": 0.5, "out_dim": 11, "student_temperature": 0.3, "teacher_temperature": (0.1, 0.2, 1.0),
+             "momentum": (0.5, 0.6), "warmup": 1.0, "weight_decay": 0.7, "clip": 0.8}
+    assert {key: args[key] for key in other} == {key: pretrain_dino.__kwdefaults__[key] for key in other}
     assert args["batch_size"] == 16 and args["image_size"] == 384 and len(args) <= 30
-    monkeypatch.setattr(dino, "pretrain_dino", lambda model, loader, **options: options | {"loader": loader})
-    monkeypatch.setattr(dino.__dict__["torch"], "manual_seed", lambda seed: None)
-    with pytest.raises(ValueError):  # a dict of options is no pair of networks
-        dino.main(["--data", str(images), "--out", str(tmp_path), *TINY])
+    given, made = {}, []
+    monkeypatch.setattr(dino, "pretrain_dino", lambda model, loader, **options: given.update(options) or (model, model))
+    monkeypatch.setattr(dino, "DinoViews", lambda *sizes: made.append(sizes))
+    command(images, tmp_path, "--local-crops", "3", "--local-size", "16", *itertools.chain.from_iterable(
+        (f"--{key.replace('_', '-')}", ":".join(map(str, value)) if isinstance(value, tuple) else str(value))
+        for key, value in other.items()))
+    assert {key: given[key] for key in other} == other and made == [(32, 3, 16)]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_any_number_of_workers_gives_the_same_bits(workers: str, images: Path, straight: Path, tmp_path: Path) -> None:
-    command(images, tmp_path, "--workers", workers)
-    assert equal_runs(tmp_path, straight / "test_resnet")
+@pytest.mark.parametrize("more", [["--workers", "1"], ["--workers", "2"], ["--cache", "."]])
+def test_workers_and_a_cache_change_no_bit(more: list[str], images: Path, straight: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command(images, tmp_path / "out", *more)
+    assert equal_runs(tmp_path / "out", straight / "test_resnet")
 
 
 def test_another_seed_gives_other_weights_and_the_same_split(images: Path, straight: Path, tmp_path: Path) -> None:
@@ -778,8 +783,9 @@ def test_wrong_input_is_one_sentence_and_nothing_is_written(more: list[str], wor
 
 @pytest.mark.parametrize("more", [
     ["--momentum", "1.1"], ["--momentum", "0.9:1:1"], ["--momentum", "nan"], ["--student-temperature", "0"],
-    ["--teacher-temperature", "a:b"], ["--teacher-temperature", "0.04:0.07"], ["--local-crops", "-1"], ["--local-crops", "1.5"], ["--weight-decay", "-1"],
-    ["--warmup", "inf"], ["--student-temperature", "0.1:0.2"], ["--out-dim", "0"], ["--mom", "0.9"]])
+    ["--teacher-temperature", "a:b"], ["--teacher-temperature", "0.04:0.07"], ["--local-crops", "-1"],
+    ["--local-crops", "1.5"], ["--weight-decay", "-1"], ["--warmup", "inf"], ["--student-temperature", "0.1:0.2"],
+    ["--out-dim", "0"], ["--mom", "0.9"]])
 def test_numbers_out_of_range_are_refused(more: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         dino.dino_options().parse_args(["--data", "d", *more])
@@ -794,8 +800,9 @@ def test_pairs_of_numbers() -> None:
 
 
 def test_the_recipe_of_dinos_authors_runs(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    command(images, tmp_path, "--arch", "test_vit", *"--student-temperature 0.1 --momentum 0.996:1 --teacher-temperature "
-            "0.04:0.07:1 --local-crops 2 --local-size 16 --warmup 1 --weight-decay 0.04 --clip 3".split())
+    recipe = ("--student-temperature 0.1 --momentum 0.996:1 --teacher-temperature 0.04:0.07:1 --local-crops 2 "
+              "--local-size 16 --warmup 1 --weight-decay 0.04 --clip 3")
+    command(images, tmp_path, "--arch", "test_vit", *recipe.split())
     out = capsys.readouterr().out
     assert "entropy       kl" in out and out.count("timm.create_model") == 2
     assert all(row["kl"] >= 0 and math.isfinite(row["entropy"]) for arch in ("test_resnet", "test_vit")

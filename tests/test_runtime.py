@@ -259,7 +259,7 @@ def test_imagenet_weights_that_cant_be_had(error: Exception, images: Path, tmp_p
     begun = time.perf_counter()
     said = sentence(capsys, lambda: command(images, tmp_path / "out", "--init", "imagenet"))
     assert all(word in said for word in ("test_resnet", "--init random", "--init FOLDER"))
-    assert sum(limits) <= 12 and len(limits) == 1 and time.perf_counter() - begun < 3
+    assert sum(limits) <= 12 and len(limits) == 1 and time.perf_counter() - begun < 15
     assert not (tmp_path / "out").exists()
 
 
