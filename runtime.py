@@ -405,17 +405,20 @@ class Screen:
                  extra: tuple[str, ...] = ()) -> None:
         self.arms, self.warn, self.extra, self.start, self.said = arms, warn, extra, {}, set()
 
+    def _widths(self) -> list[int]:
+        return [max(9, len(name) + 2) for name in self.extra]
+
     def __call__(self, row: dict) -> None:
         gauges = {arm: {key: row.get(f"{arm}_{key}") for key, _, _ in self.COLUMNS} for arm in self.arms}
         if not self.start:
             names = "".join(f"{name:>{width + 1}}" for name, width, _ in self.COLUMNS)
-            tqdm.write(" " * (21 + 9 * len(self.extra)) + "".join(f" | {arm:{len(names) - 1}}" for arm in self.arms))
-            tqdm.write("epoch     loss  img/s" + "".join(f"{name:>9}" for name in self.extra)
+            tqdm.write(" " * (21 + sum(self._widths())) + "".join(f" | {arm:{len(names) - 1}}" for arm in self.arms))
+            tqdm.write("epoch     loss  img/s" + "".join(f"{name:>{width}}" for name, width in zip(self.extra, self._widths()))
                        + "".join(" |" + names[1:] for _ in self.arms))
             self.start = gauges
         cells = [f"{row['epoch']:5d}", _cell(row.get("loss"), 9, ".5f"),
                  _cell(row.get("images_per_second"), 7, ".1f"),
-                 *(_cell(row.get(name), 9, ".3g") for name in self.extra)]
+                 *(_cell(row.get(name), width, ".3g") for name, width in zip(self.extra, self._widths()))]
         for arm in self.arms:
             cells.append(" |" + "".join(_cell(gauges[arm][key], width + (key != "cosine"), form)
                                         for key, width, form in self.COLUMNS))

@@ -220,7 +220,7 @@ def summary(facts: dict) -> Iterator[str]:
     share = {c: n / max(1, facts["classes"][c]) for c, n in facts["coloured"].items()}
     low, high = min(share, key=share.get, default=""), max(share, key=share.get, default="")
     if share and share[high] - share[low] > 0.5:
-        yield line("", f"{share[low]:.0%} of {low} are in colour, {share[high]:.0%} of {high}: does that tell the class?", True)
+        yield line("", f"{share[low]:.0%} of {low} are in colour, {share[high]:.0%} of {high}: a give-away?", True)
 
 
 # %% showing

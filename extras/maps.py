@@ -10,6 +10,7 @@ it. Each run stands beside the others and beside its start weights, built anew f
 import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +33,13 @@ from runtime import UserError, build_model, clear_exit, load_network, pick_devic
 @torch.no_grad()
 def watch(model: nn.Module, images: Tensor, layers: dict, keep: Callable, most: int | None = None) -> dict:
     """Run images `(N, 3, H, W)` through `model` in evaluation mode; {name: keep(name, output)} for the first `most`
-    of `layers`, in the order in which they run."""
+    of `layers`, in the order in which they run, without those for which that is None."""
     found, training = {}, model.training
-    hooks = [layer.register_forward_hook(lambda layer, inputs, output, name=name: found.update(
-        {} if name in found or len(found) == most else {name: keep(name, output)})) for name, layer in layers.items()]
+
+    def hook(name: Any, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if name not in found and len(found) != most and (kept := keep(name, output)) is not None:
+            found[name] = kept
+    hooks = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
     try:
         model.eval()(images.to(next(model.parameters()).device))
     finally:
@@ -47,17 +51,16 @@ def watch(model: nn.Module, images: Tensor, layers: dict, keep: Callable, most: 
 
 def feature_maps(model: nn.Module, images: Tensor, layers: int = 5) -> dict[str, np.ndarray]:
     """What the first convolutions make of images `(N, 3, H, W)` (paper, 5.6.6 and E.2): {name: `(N, C, h, w)`}, before
-    normalisation and activation."""
-    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    # copied, as the activation that follows may work in place
-    return watch(model, images, convolutions, lambda name, output: output.float().cpu().numpy().copy(), layers)
+    normalisation and activation. Those on one pooled pixel, as in squeeze-and-excitation, do not count."""
+    def keep(name: str, maps: Tensor) -> np.ndarray | None:  # a copy, as the activation may work in place
+        return None if maps.shape[-1] == 1 else maps.float().cpu().numpy().copy()
+    return watch(model, images, {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}, keep, layers)
 
 
 def attention_weights(model: nn.Module, images: Tensor, blocks: Sequence[int] | None = None) -> Tensor:
     """Attention in some Transformer blocks (None: in all), mean over heads: `(blocks, N, T, T)` for `(N, 3, H, W)`.
     Row t says how token t draws on all T tokens, and sums to one. The class token comes first, then others that are
-    no patch (distillation, registers), then the patches. Raises `UserError` for a network without a class token.
-    """
+    no patch (distillation, registers), then the patches. Raises `UserError` for a network without a class token."""
     name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
     if getattr(model, "cls_token", None) is None or not hasattr(model, "blocks"):
         raise UserError(f"{name} has no class token and so no class attention; to see another network, name its file")
@@ -71,7 +74,6 @@ def attention_weights(model: nn.Module, images: Tensor, blocks: Sequence[int] | 
         q, k, _ = qkv.float().unflatten(-1, (3, layers[i].num_heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, T, D)
         q, k = layers[i].q_norm(q) * layers[i].scale, layers[i].k_norm(k)
         return (q @ k.transpose(-2, -1)).softmax(-1).mean(1)
-
     found = watch(model, images, {i: layer.qkv for i, layer in enumerate(layers)}, weights)
     return torch.stack([found[i] for i in range(len(layers))])
 
@@ -195,16 +197,14 @@ def draw_attention(nets: list[Network], folder: Path, rows: list[Row], what: str
     seen = np.mean([np.asarray(load_image(folder / row.path).resize((240, 240))) for row in rows], axis=0)
     title = "Attention rollout" if args.rollout else f"Class attention of Transformer block {block}"
     text = "in the end, through all blocks." if args.rollout else "in this block (0 is the first), mean over heads."
-    text = f"Which patches the class token draws on {text}\n{what}"
-    return draw_maps(title, text, maps, Image.fromarray(seen.astype(np.uint8))), maps
+    return draw_maps(title, f"Which patches the class token draws on {text}\n{what}", maps, seen), maps
 
 
 def draw_features(nets: list[Network], file: Path) -> tuple:
     """The first convolutions of networks side by side: a picture, and the arrays in it."""
     found = {n.caption: feature_maps(n.model, next(iter(batches(file.parent, [Row(file.name)], n.model.image_size))))
              for n in nets}
-    text = f"The first 8 maps of each, all before activation; dark: a map's lowest value.\nImage: {file.name}"
-    page = draw_layers("Feature maps of the first convolutions", text, found, load_image(file))
+    page = draw_layers("Feature maps of the first convolutions", f"Image: {file.name}", found, load_image(file))
     return page, {f"{caption} {name}": values for caption, maps in found.items() for name, values in maps.items()}
 
 

@@ -3,7 +3,7 @@
 It knows nothing of networks; `extras/maps.py` says what to draw.
 """
 
-import textwrap
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -60,9 +60,17 @@ def tiles(maps: np.ndarray, side: int = 84) -> Image.Image:
 def words(text: str, width: int, size: int = 15) -> Image.Image:
     """Text broken to `width` pixels; an empty one takes no room."""
     font = ImageFont.load_default(size)
-    fits = int(width / font.getlength("abcdeopst_") * 10)
-    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, fits)]
-    image = Image.new("RGB", (width if lines else 1, len(lines) * (size + 5) + 1), "white")
+    if not text:
+        return Image.new("RGB", (1, 1), "white")
+    lines = [""]
+    for piece in re.findall(r"\n|[^\s_.-]*[ _.-]?", text):  # a name may be broken after these
+        if piece == "\n":
+            lines.append("")
+        elif lines[-1] and font.getlength(lines[-1] + piece.rstrip()) > width:
+            lines.append(piece)
+        else:
+            lines[-1] += piece
+    image = Image.new("RGB", (width, len(lines) * (size + 5) + 1), "white")
     ImageDraw.Draw(image).multiline_text((0, 0), "\n".join(lines), "black", font)
     return image
 
@@ -106,20 +114,23 @@ def draw_bar(low: float, high: float, height: int, text: str) -> Image.Image:
     return page
 
 
-def draw_maps(title: str, text: str, maps: dict[str, np.ndarray], image: Image.Image) -> Image.Image:
-    """Maps `(rows, columns)` of one image, by what each is called: side by side in the same colours, and below over
-    the image, each in its own."""
+def draw_maps(title: str, text: str, maps: dict[str, np.ndarray], pixels: np.ndarray) -> Image.Image:
+    """Maps `(rows, columns)` of one image `(H, W, 3)`, by what each is called: side by side in the same colours, and
+    below over the image, each in its own."""
+    image = Image.fromarray(pixels.astype(np.uint8))
     shares = [values / values.mean() for values in maps.values()]
     low, high = min(s.min() for s in shares), max(s.max() for s in shares)
     bar = draw_bar(low, high, image.height, "1 = the average patch")
     lines = [("attention, in the same colours for all", [*(paint(s, low, high, image.size) for s in shares), bar],
-              [f"{s.min():.3f} to {s.max():.3f}" for s in shares]),
+              [f"{s.min():.3f} to {s.max():.3f} times the average" for s in shares]),
              ("over the image, each from its own lowest to its highest", [overlay(s, image) for s in shares], [])]
     return draw_page(title, text, [image.resize((120, 120))], list(maps), lines)
 
 
 def draw_layers(title: str, text: str, maps: dict[str, dict[str, np.ndarray]], image: Image.Image) -> Image.Image:
     """The first 8 maps of each layer, {network: {layer: `(N, C, h, w)`}}, of the first image: networks side by side."""
+    text = ("The first 8 maps of each convolution, before normalisation and activation; each from its own lowest value "
+            f"(dark) to its highest (bright).\n{text}")
     lines = [(f"convolution {i}", [tiles(values[0, :8]) for _, values in layers],
               ["{}: {} maps of {} x {}".format(name, *values.shape[1:]) for name, values in layers])
              for i, layers in enumerate(zip(*(layers.items() for layers in maps.values())), 1)]
