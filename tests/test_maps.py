@@ -144,6 +144,11 @@ def test_feature_maps_come_in_running_order_and_before_an_activation_in_place(im
     assert list(maps.feature_maps(Odd(), images, layers=1)) == ["first"]
 
 
+def test_convolutions_on_one_pooled_pixel_are_no_maps(images: Tensor) -> None:
+    found = maps.feature_maps(timm.create_model("efficientnet_b0"), images[:1])
+    assert len(found) == 5 and not any("se." in name for name in found)
+
+
 # %% CKA
 
 
@@ -277,7 +282,7 @@ def test_the_command_draws_all_pictures_with_captions(data: Path, run: Path, tmp
             assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 50
     text = "\n".join(said)
     for caption in ("start of cass-scans (random, seed 3)\ntest_vit", "supervised\ntest_resnet", "block 0", "0.png",
-                    "6 test images of scans (4 a, 2 b)", "convolution 5", "in batches of 5", "before", "after"):
+                    "6 test images of scans (4 a, 2 b)", "convolution 5", "whole batches of 5", "before", "after"):
         assert caption in text, caption
     average = np.load(out / "attention-average6-block0.npz")
     assert list(average) == ["start of cass-scans (random, seed 3) test_vit", "cass-scans test_vit",
