@@ -117,7 +117,7 @@ def test_feature_maps_are_the_outputs_of_the_first_five_convolutions(images: Ten
     model = timm.create_model("test_resnet").train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     found = maps.feature_maps(model, images)
-    assert model.training and all(module.training for module in model.modules())
+    assert all(module.training and not module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())  # batch norm's too
     expected = []
     for module in model.eval().modules():
@@ -242,7 +242,8 @@ def test_sampled_images_are_test_images_in_the_classes_proportions(data: Path, r
 
 
 def test_start_weights_are_those_of_the_runs_seed_and_of_pretraining(data: Path, run: Path, tmp_path: Path) -> None:
-    tuned = make_run(tmp_path / "tuned", data, seed=9, weights=run)
+    once = make_run(tmp_path / "once", data, seed=9, weights=run)
+    tuned = make_run(tmp_path / "tuned", data, seed=9, weights=once / "transformer.pt", transformer="test_vit")
     start, trained = [n for n in maps.find_columns([run]) if n.role == "transformer"]
     again, _ = [n for n in maps.find_columns([tuned]) if n.role == "transformer"]
     expected = build_model("test_vit", "random", 32, outputs=4, seed=3).state_dict()

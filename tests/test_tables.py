@@ -1,0 +1,125 @@
+"""extras/tables.py: runs are shared and resumed, and every number comes from a result.json."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from extras import tables
+from metrics import mean_and_spread
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 images in two classes, dark and bright."""
+    root, rng = tmp_path_factory.mktemp("images") / "tiny", np.random.default_rng(0)
+    for name, level in (("dark", 60), ("bright", 190)):
+        (root / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.normal(level, 20, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tables.SIZES["small"] | {"image_size": 32, "epochs": 2, "tuning": 1, "out_dim": 16}
+    monkeypatch.setitem(tables.SIZES, "small", small)
+    rows = [row for row in tables.TABLES["T4"]["rows"] if row["labels"] == 1]
+    monkeypatch.setitem(tables.TABLES, "T4", tables.TABLES["T4"] | {"rows": rows})
+
+
+def sweep(folder: Path, out: Path, *names: str, seeds: int = 2) -> None:
+    tables.main([*names, "--data", str(folder), "--out", str(out), "--seeds", str(seeds), "--workers", "0"])
+
+
+def read(file: Path) -> list[dict]:
+    with open(file, newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_a_table_is_computed_from_its_runs_and_shared_with_others(folder, tmp_path, capsys, monkeypatch):
+    sweep(folder, tmp_path, "T4")
+    shown = capsys.readouterr().out
+    assert shown.count("$ python cass.py") == 4 and shown.count("$ python dino.py") == 4  # 2 losses, 2 arms; 2 seeds
+    assert shown.count("$ python finetune.py") == 12  # CASS 2, DINO 2, supervised 2; 2 seeds
+    row = next(r for r in read(tmp_path / "T4.csv") if (r["method"], r["arm"], r["name"]) == ("CASS", "transformer", ""))
+    results = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("tiny-small/seed*/cass-*tuned-1/result.json"))
+               if "contrast" not in str(file)]
+    scores = [r["seeds"][0]["arms"]["transformer"]["test"]["headline"] for r in results]
+    assert len(scores) == 2
+    mean, spread, n = mean_and_spread(scores)
+    assert (float(row["headline_mean"]), float(row["headline_sd"]), int(row["headline_n"])) == (mean, spread, n)
+    assert float(row["paper_mean"]) == 0.9279 and float(row["cosine_mean"]) <= 1
+
+    text = (tmp_path / "T4.md").read_text()
+    assert "not the paper's set-up" in text and "8 test images, of which 0 also stand in training" in text
+    assert "0.9279 ± 0.021" in text and "Gain of CASS over DINO at 100% of the labels" in text
+
+    sweep(folder, tmp_path, "T4")  # nothing is computed twice
+    assert "$ python" not in capsys.readouterr().out
+    monkeypatch.setitem(tables.TABLES, "T14", tables.TABLES["T14"] | {"rows": tables.TABLES["T14"]["rows"][2:4]})
+    sweep(folder, tmp_path, "T14")  # batch 16 is the base of T4
+    assert "$ python" not in capsys.readouterr().out
+    file = next(tmp_path.glob("tiny-small/seed0/cass-*tuned-1/result.json"))
+    changed = json.loads(file.read_text())
+    for arm in changed["seeds"][0]["arms"].values():
+        arm["test"]["headline"] = 0.123
+    file.write_text(json.dumps(changed))
+    sweep(folder, tmp_path, "T4", seeds=1)
+    assert any(r["headline_mean"] == "0.123" for r in read(tmp_path / "T4.csv"))  # read, never remembered
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(folder, tmp_path, capsys, monkeypatch):
+    made, real = [], tables.finetune.main
+
+    def stops_once(arguments):
+        made.append(arguments)
+        if len(made) == 2:
+            raise SystemExit(130)
+        real(arguments)
+
+    monkeypatch.setattr(tables.finetune, "main", stops_once)
+    rows = [row for row in tables.TABLES["T4"]["rows"] if row["method"] == "supervised"]
+    monkeypatch.setitem(tables.TABLES, "T4", tables.TABLES["T4"] | {"rows": rows})
+    with pytest.raises(SystemExit) as stop:
+        sweep(folder, tmp_path, "T4", seeds=1)
+    assert stop.value.code == 130
+    sweep(folder, tmp_path, "T4", seeds=1)
+    assert len(made) == 3 and made[1] == made[2] != made[0]  # the first is not made again
+
+
+def test_a_failed_run_is_a_row_with_its_reason_and_the_sweep_goes_on(folder, tmp_path, capsys, monkeypatch):
+    broken = {"method": "supervised", "arm": "cnn", "labels": 1, "paper": None, "options": {"init": "nowhere"}}
+    rows = [broken] + [row for row in tables.TABLES["T4"]["rows"] if row["method"] == "supervised"]
+    monkeypatch.setitem(tables.TABLES, "T4", tables.TABLES["T4"] | {"rows": rows})
+    sweep(folder, tmp_path, "T4", seeds=1)
+    found = read(tmp_path / "T4.csv")
+    assert "nowhere" in found[0]["failed"] and not found[0]["headline_mean"]
+    assert all(row["headline_mean"] and not row["failed"] for row in found[1:])
+    assert "| failed: --init nowhere" in (tmp_path / "T4.md").read_text()
+
+
+def test_every_table_is_listed_and_an_unknown_one_named(capsys):
+    tables.main(["--list"])
+    shown = capsys.readouterr().out
+    assert all(f"T{i} " in shown for i in range(1, 22)) and "F19-brain" in shown
+    with pytest.raises(SystemExit) as stop:
+        tables.main(["T99", "--data", "x"])
+    assert stop.value.code == 2 and "T99" in capsys.readouterr().err
+
+
+def test_an_ablation_changes_pretraining_only():
+    args = tables.tables_options().parse_args(["T6", "--data", "d", "--size", "paper"])
+    for name in ("T6", "T7", "T8", "T9", "T14", "T15", "T21"):
+        tuned = []
+        for row in tables.TABLES[name]["rows"]:
+            (_, _, pretrained), (module, options, _) = tables.jobs_of(row, 0, args)
+            assert module is tables.finetune and options["weights"] == pretrained
+            tuned.append({key: value for key, value in options.items() if key != "weights"})
+        assert all(options == tuned[0] for options in tuned)
+    epochs = [tables.jobs_of(row, 0, args)[0][1]["epochs"] for row in tables.TABLES["T7"]["rows"][::2]]
+    assert epochs == [50, 100, 200, 300]
