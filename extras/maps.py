@@ -210,20 +210,20 @@ def draw_features(nets: list[Network], file: Path) -> tuple:
 
 def draw_cka(nets: list[Network], folder: Path, rows: list[Row], what: str, batch_size: int) -> tuple:
     """CKA between the two arms of each run, before and after training: a picture, and the arrays in it."""
-    found, lines = {}, []
-    for run in dict.fromkeys(n.run for n in nets):
-        lines.append((run.resolve().name, [], []))
+    found, lines = {}, [(run.resolve().name, [], []) for run in dict.fromkeys(n.run for n in nets)]
+    for run, (_, pictures, notes) in zip(dict.fromkeys(n.run for n in nets), lines):
         for trained in (False, True):
             pair = sorted((n for n in nets if n.run == run and n.trained == trained), key=lambda n: n.role)
             if trained and len(pair) != 2:
                 raise UserError(f"--cka compares two networks of a run; those in {run} number {len(pair)}")
-            picture, names = Image.new("RGB", (1, 1)), ["the start weights", "are not at hand"]
+            picture, note = Image.new("RGB", (1, 1), "white"), "the start weights are not at hand"
             if len(pair) == 2:
                 names, arms = [n.caption.replace("\n", ", ") for n in pair], [n.model for n in pair]
                 matrix = cka_matrix(*arms, batches(folder, rows, arms[0].image_size, batch_size, whole=True))
-                found[" and ".join(names)], picture = matrix, draw_matrix(matrix, *(list(cka_layers(a)) for a in arms))
-            lines[-1][1].append(picture)
-            lines[-1][2].append("rows: {}\ncolumns: {}".format(*names))
+                found[" and ".join(names)], note = matrix, "rows: {}\ncolumns: {}".format(*names)
+                picture = draw_matrix(matrix, *map(list, map(cka_layers, arms)))
+            pictures.append(picture)
+            notes.append(note)
     lines[0][1].append(draw_bar(0, 1, 240, "linear CKA"))
     text = ("1: the two layers tell images apart in the same way, up to rotation and scale; 0: in unrelated ways.\n"
             f"{what}, in whole batches of {batch_size}.")

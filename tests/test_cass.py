@@ -524,6 +524,20 @@ def test_equal_seeds_give_equal_bits(workers: str, images: Path, straight: Path,
     assert equal_runs(tmp_path, straight)
 
 
+def test_seed_draws_the_first_weights(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = []
+
+    def look(cnn: nn.Module, transformer: nn.Module, loader: object, **options: object) -> None:
+        first.append(weights((cnn, transformer)))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cass, "pretrain_cass", look)
+    for i, seed in enumerate(("0", "0", "1")):
+        with pytest.raises(SystemExit):
+            command(images, tmp_path / str(i), "--seed", seed)
+    assert same(first[0], first[1])
+    assert all((first[0][k] != first[2][k]).any() for k in ("0.fc.weight", "1.head.weight", "1.pos_embed"))
+
+
 def test_looking_at_labels_changes_no_bit(images: Path, straight: Path, tmp_path: Path) -> None:
     command(images, tmp_path, "--probe-every", "2")
     assert same(networks(tmp_path), networks(straight))

@@ -713,15 +713,23 @@ def test_class_weights_come_from_the_labels_in_use(images: Path, pretrained: Pat
     assert used[2] == pytest.approx([32 / 3 / counts[c] for c in CLASSES])
 
 
-def test_each_seed_has_its_own_labels(images: Path, pretrained: Path, tmp_path: Path,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    choose, chosen = data.label_fraction, []
+def test_each_seed_has_its_own_labels_and_head(images: Path, pretrained: Path, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, chosen, build, starts = data.label_fraction, [], finetune.new_network, []
+
+    def built(*args) -> nn.Module:
+        network = build(*args)
+        starts.append(state(network))
+        return network
+    monkeypatch.setattr(finetune, "new_network", built)
     monkeypatch.setattr(data, "label_fraction", lambda *args: (chosen.append(choose(*args)), chosen[-1])[1])
     found = run(images, tmp_path / "out", "--weights", pretrained / "cnn.pt", "--labels", "0.1", "--seeds", "2",
                 "--seed", "3", "--epochs", "1")
     assert [one["seed"] for one in found["seeds"]] == [3, 4] and chosen[0] != chosen[1]
     split = read_split(pretrained / "split.csv", read_images(images))
     assert chosen == [choose(split, split.part("train"), 0.1, seed) for seed in (3, 4)]
+    differs = {name for name in starts[1] if not torch.equal(starts[1][name], starts[2][name])}
+    assert {"fc.weight"} <= differs <= {"fc.weight", "fc.bias"} and len(starts) == 3  # the first is a rehearsal
 
 
 @pytest.fixture(scope="module")
@@ -985,7 +993,8 @@ def test_wrong_input_ends_with_one_sentence_and_leaves_nothing(
     options = [str(x) for x in make(images, pretrained, tmp_path / "made")]
 
     def files() -> dict[Path, int]:
-        return {file: file.stat().st_mtime_ns for folder in (tmp_path, images, pretrained) for file in folder.rglob("*")}
+        return {file: file.stat().st_mtime_ns
+                for folder in (tmp_path, images, pretrained) for file in folder.rglob("*")}
     before, common = files(), ["--data", str(images), "--out", str(tmp_path / "out"), *TINY]
     said = sentence(capsys, lambda: finetune.main([*common, *options]))
     assert all(word in said for word in words) and files() == before, said

@@ -258,6 +258,8 @@ def test_a_run_without_its_start_stands_alone(data: Path, tmp_path: Path, capsys
     lost = make_run(tmp_path / "lost", data, weights=tmp_path / "gone")
     assert [n.trained for n in maps.find_columns([lost])] == [True, True]
     assert "start weights" in capsys.readouterr().out
+    maps.main(["--weights", str(lost), "--data", str(data), "--cka", "8", "--batch-size", "4"])
+    assert len(np.load(lost / "maps" / "cka.npz")) == 1
 
 
 def test_networks_of_any_name_are_told_apart(data: Path, tmp_path: Path) -> None:
