@@ -142,22 +142,25 @@ def test_schedules_at_start_middle_and_end() -> None:
 
 class Tiny(nn.Module):
     """A network with batch norm for images of 8 x 8, with the parts of timm's that DINO uses."""
-    head_hidden_size = 36
+    head_hidden_size, drop = 36, 0.0
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.Linear(36, 5)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x)).relu()
+        x = self.bn(self.conv(x)).relu()
+        return nn.functional.dropout(x, self.drop, self.training) if self.drop else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return x.flatten(1) if pre_logits else self.fc(x.flatten(1))
 
 
-def tiny(seed: int = 0) -> Tiny:
-    torch.manual_seed(seed)
-    return Tiny()
+def tiny(drop: float = 0.0) -> Tiny:
+    torch.manual_seed(0)
+    network = Tiny()
+    network.drop = drop  # with it, training draws random numbers
+    return network
 
 
 Batches = list[tuple[list[Tensor], list[Tensor]]]
@@ -378,6 +381,8 @@ def test_mixed_precision_trains(precision: torch.dtype) -> None:
     if precision == torch.float16:
         assert states[-1]["parts"][-1]["scale"] >= 1024  # the scaler is on, and in the checkpoint
         assert rows[3]["backbone_gradient"] < 10  # of the loss, not of 65,536 times the loss
+        trained(tiny_batches(8), precision=precision, log=rows.append, gauges=arm_gauges, clip=0.01)
+        assert 1e-4 < rows[-1]["backbone_gradient"] <= 0.0101  # clipped after scaling down
 
 
 # %% rows and gauges
@@ -434,6 +439,7 @@ def test_the_row_of_the_untrained_start_changes_nothing(notes: Callable) -> None
     torch.manual_seed(7)
     DinoHead(36, 7)
     stream = torch.get_rng_state()  # as after building the head
+    network.drop = 0.2
     student, teacher = trained(tiny_batches(5), network, epochs=0, log=rows.append, gauges=arm_gauges)
     assert len(rows) == 1 and same(values(student), before) and same(values(teacher), before)
     assert torch.equal(torch.get_rng_state(), stream) and student.training and teacher.training
@@ -456,7 +462,7 @@ def test_loss_that_is_not_finite_names_epoch_and_step() -> None:
 def test_stopped_and_resumed_loop_equals_one_in_a_piece(steps: int, notes: Callable) -> None:
     batches, straight, rows, file = tiny_batches(5), [], [], io.BytesIO()
     options = {"epochs": 3, "gauges": arm_gauges, "warmup": 1, "momentum": (0.5, 1.0)}
-    wanted = [values(x) for x in trained(batches, log=straight.append, **options)]
+    wanted = [values(x) for x in trained(batches, tiny(0.2), log=straight.append, **options)]
 
     class Skipping:
         """A loader that can leave out the first batches of an epoch, as those of data.py can."""
@@ -475,11 +481,11 @@ def test_stopped_and_resumed_loop_equals_one_in_a_piece(steps: int, notes: Calla
 
     loader = Skipping()
     with pytest.raises(KeyboardInterrupt):
-        trained(loader, log=rows.append, stop=lambda: loader.steps >= steps,
+        trained(loader, tiny(0.2), log=rows.append, stop=lambda: loader.steps >= steps,
                 save=lambda state, force: force and torch.save(state, file), **options)
     file.seek(0)
     state = torch.load(file, weights_only=True)  # tensors and plain values only
-    network, rows = tiny(), rows[:state["epoch"] + 1]
+    network, rows = tiny(0.2), rows[:state["epoch"] + 1]
     torch.manual_seed(99)  # another head, before the checkpoint is read
     kept = pretrain_dino(network, Skipping(), out_dim=7, resume=state, log=rows.append, **options)
     assert same(values(kept[0]), wanted[0]) and same(values(kept[1]), wanted[1])
