@@ -270,7 +270,7 @@ def set_epoch(loader: Iterable, epoch: int, skip: int = 0) -> None:
 
 def cass_options() -> argparse.ArgumentParser:
     from data import AUGMENTATIONS, add_data_options
-    from runtime import Options, add_run_options
+    from runtime import Options, add_run_options, positive
 
     parser = Options("cass.py", "Pretrain a CNN and a Transformer together on a folder of images, without labels.")
     add = parser.add_argument
@@ -286,7 +286,7 @@ def cass_options() -> argparse.ArgumentParser:
         help="what is applied to the logits before the loss (paper: none; its ablation D.5)")
     add("--augment", choices=AUGMENTATIONS, default="cass",
         help="paper: cass; the others add BYOL's blur and solarize (its ablation C.3)")
-    add("--probe-every", type=int, default=0, metavar="N", help="every N epochs, score simple classifiers on the "
+    add("--probe-every", type=positive(int), metavar="N", help="every N epochs, score simple classifiers on the "
         "frozen features of both arms; uses labels, for looking only (default: never)")
     add("--swa-start", type=share, default=0.75, help="share of the run after which weights are averaged "
         "at each low point of the rate; 1: never (default: %(default)s; the paper names none)")

@@ -366,6 +366,8 @@ def dino_options() -> argparse.ArgumentParser:
     add("--weight-decay", type=between(0, 1e3), default=0.0, metavar="W",
         help="AdamW's, on matrices (paper: none; authors: 0.04 rising to 0.4)")
     add("--clip", type=positive(float), metavar="NORM", help="longest gradient (paper: no limit; authors: 3)")
+    add("--probe-every", type=positive(int), metavar="N", help="every N epochs, score simple classifiers on the "
+        "student's frozen features; uses labels, for looking only (default: never)")
     add("--save", choices=("teacher", "student"), default="teacher",
         help="the network kept (default: %(default)s, as DINO's authors; the package's README: student)")
     return parser
@@ -398,11 +400,14 @@ def run_dino(args: argparse.Namespace) -> None:
     for name in names:
         out = args.out or Path("runs") / f"dino-{short[name]}-{args.data.resolve().name}"
         out = out / short[name] if args.out and len(names) > 1 else out
-        run = Run(out, vars(args) | {"arch": name}, Screen(("backbone",), collapse_warning, ("entropy", "kl")))
+        extra = ("entropy", "kl") + ("backbone_knn", "backbone_linear") * bool(args.probe_every)
+        run = Run(out, vars(args) | {"arch": name}, Screen(("backbone",), collapse_warning, extra))
         if run.finished:
             print(f"{out} is finished; there is nothing to resume")
             continue
         images = images or open_images(args)
+        if args.probe_every and not images.classes:
+            raise UserError(f"{args.data} has no labels, which --probe-every needs to look with")
         if len(rows := images.part("train")) < args.batch_size:
             raise UserError(f"{args.data} has {len(rows)} training images, fewer than a batch of "
                             f"{args.batch_size}; take a smaller --batch-size")
@@ -410,7 +415,8 @@ def run_dino(args: argparse.Namespace) -> None:
             raise UserError(f"the images in {args.data} or their split have changed since {out} began")
         ready.append((run, name, build_model(name, args.init, args.image_size, outputs=0, seed=args.seed,
                                              local_size=args.local_size)))
-    for note in images.notes if images else ():
+    notes = ["labels are used for the probes, to look at; nothing is trained on them"] if args.probe_every else []
+    for note in images.notes + notes if images else ():
         print(f"note: {note}")
     while ready:  # with no list to hold it, the last network's memory is free for the next
         train_backbone(*ready.pop(0), device, images, args)
@@ -419,8 +425,8 @@ def run_dino(args: argparse.Namespace) -> None:
 def train_backbone(run: Any, name: str, model: nn.Module, device: torch.device, images: Any,
                    args: argparse.Namespace) -> None:
     """Train one network and leave its files in the folder of `run`."""
-    from data import ImageCache, ImageRows, make_loader, write_split
-    from metrics import arm_gauges
+    from data import ImageCache, ImageRows, make_loader, probe_loaders, write_split
+    from metrics import arm_gauges, network_features, probe_scores
     from runtime import StopSignal, pick_precision, pick_workers
 
     precision, workers = pick_precision(args.precision, device), pick_workers(args.workers, device)
@@ -430,13 +436,21 @@ def train_backbone(run: Any, name: str, model: nn.Module, device: torch.device, 
     views = DinoViews(args.image_size, args.local_crops, args.local_size)
     loader = make_loader(ImageRows(images.folder, images.part("train"), views, args.seed, cache=cache),
                          args.batch_size, seed=args.seed, drop_last=True, workers=workers)
+    looks = probe_loaders(images, args.image_size, args.batch_size, workers, cache) if args.probe_every else ()
+
+    def log(row: dict) -> None:
+        if looks and (row["epoch"] % args.probe_every == 0 or row["epoch"] == args.epochs):
+            scores = probe_scores(*network_features(model, *looks), images.multi_label)  # the student's
+            row |= {f"backbone_{key}": value for key, value in scores.items()}
+        run.log(row)
+
     torch.manual_seed(args.seed)
     with StopSignal(run) as stop:
         student, teacher = pretrain_dino(
             model.to(device), loader, epochs=args.epochs, lr=args.lr, out_dim=args.out_dim,
             student_temperature=args.student_temperature, teacher_temperature=args.teacher_temperature,
             momentum=args.momentum, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip,
-            precision=precision, log=run.log, save=run.save, gauges=arm_gauges, stop=stop, resume=state)
+            precision=precision, log=log, save=run.save, gauges=arm_gauges, stop=stop, resume=state)
     print(run.save_network("backbone.pt", teacher if args.save == "teacher" else student, name))
     run.finish()
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import cass
 import runtime
-from cass import cass_loss, contrast_loss, cosine_rate, pretrain_cass
+from cass import cass_loss, cosine_rate, pretrain_cass
 from helpers import class_folders, sentence
 from metrics import arm_gauges
 
@@ -125,31 +125,6 @@ def test_gradient_goes_into_both_arms_and_fits_finite_differences() -> None:
             moved[which][i, j] += step
             ends.append(loss_by_loops(*moved, eps=0.1))
         assert abs(inputs[which].grad[i, j].item() - (ends[0] - ends[1]) / 2e-6) < 1e-4
-
-
-def test_contrast_is_cross_entropy_by_loops() -> None:
-    r, t = two(5, 8)
-    cosine = [[torch.nn.functional.cosine_similarity(a, b, dim=0).item() / 0.1 for b in t] for a in r]
-    total = 0.0
-    for table in (cosine, [list(column) for column in zip(*cosine)]):
-        for i, row in enumerate(table):
-            total += math.log(math.fsum(math.exp(x) for x in row)) - row[i]
-    assert contrast_loss(r, t).item() == pytest.approx(total / 10, rel=1e-5)
-    assert contrast_loss(t, r).item() == pytest.approx(total / 10, rel=1e-5)
-    assert contrast_loss(3 * r, 0.1 * t).item() == pytest.approx(total / 10, rel=1e-5)
-
-
-def test_contrast_is_low_for_agreement_and_log_n_for_collapse() -> None:
-    same_for_all = torch.ones(7, 10)
-    assert contrast_loss(torch.eye(10), torch.eye(10)) < 1e-3
-    assert contrast_loss(same_for_all, same_for_all).item() == pytest.approx(math.log(7))
-    assert contrast_loss(torch.eye(10), torch.eye(10).roll(1, 0)) > 9
-    r, t = (x.bfloat16().requires_grad_() for x in two(4, 6))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = contrast_loss(r, t)
-    loss.backward()
-    assert loss.dtype == torch.float32 and r.grad.abs().sum() > 0 and t.grad.abs().sum() > 0
-    assert abs(loss - contrast_loss(r.float(), t.float())) < 1e-5
 
 
 # %% the rate

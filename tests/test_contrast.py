@@ -88,3 +88,28 @@ def test_features_leave_the_network_and_the_random_stream_alone():
     assert x.shape == (8, network.num_features) and y.shape == (8, 4) and len(z) == 4 and network.training
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
     assert torch.equal(stream, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("command", ["cass", "dino"])
+def test_probing_adds_columns_and_changes_no_weight(command, tmp_path):
+    """Labels are looked with and never trained on: the same bits with and without probes."""
+    import importlib
+    import json
+
+    from helpers import class_folders
+
+    class_folders(tmp_path / "d", cat=20, dog=20)
+    networks = {"cass": ["--cnn", "test_resnet", "--transformer", "test_vit"], "dino":
+                ["--arch", "test_vit", "--out-dim", "16"]}[command]
+    states = []
+    for probes in ([], ["--probe-every", "1"]):
+        out = tmp_path / f"run{len(probes)}"
+        importlib.import_module(command).main(
+            ["--data", str(tmp_path / "d"), "--init", "random", "--image-size", "32", "--epochs", "2", "--batch-size",
+             "8", "--workers", "0", "--out", str(out), *networks, *probes])
+        file = out / ("cnn.pt" if command == "cass" else "backbone.pt")
+        states.append(torch.load(file, weights_only=True)["state_dict"])
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        arm = "cnn" if command == "cass" else "backbone"
+        assert all((f"{arm}_knn" in row and f"{arm}_linear" in row) == bool(probes) for row in rows) and len(rows) == 3
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
