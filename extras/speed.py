@@ -9,6 +9,8 @@ of each round are left out.
 """
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import platform
 import re
@@ -102,6 +104,8 @@ def reset_memory(device: torch.device) -> float:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 1e9
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # memory that Python has freed, but the process still holds
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is in use now
     except OSError:

@@ -400,4 +400,4 @@ def test_file_runs_alone_and_imports_nothing_of_ours(capsys):
     imported = {alias.name.split(".")[0] for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import)
                 for alias in node.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"math", "warnings", "collections", "numpy", "torch"}
+    assert imported == {"copy", "math", "warnings", "collections", "numpy", "torch"}
