@@ -119,7 +119,9 @@ class Findings:
 
     def worst(self, some: list[int], others: list[int]) -> Pair:
         """Of two sets, the two images that differ in label and part, as far as there are any."""
-        pairs = [Pair(i, j, 0, 1.0) for i in some[:20] for j in others[-20:] if i != j]
+        few = [{(self.rows[i].labels, self.rows[i].split, n % 2): i for n, i in enumerate(members)}.values()
+               for members in (some, others)]  # at most two of each label and part, however large the set
+        pairs = [Pair(i, j, 0, 1.0) for i in few[0] for j in few[1] if i != j]
         return max(pairs, key=lambda pair: (self.conflict(pair), self.crosses(pair)))
 
     def conflict(self, pair: Pair) -> bool:

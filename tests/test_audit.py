@@ -100,6 +100,14 @@ def test_equal_pixels_whatever_the_file(tmp_path: Path) -> None:
     assert found["modes"] == {"RGB": 5, "L": 1} and found["coloured"] == {"a": 3, "b": 1}
 
 
+def test_one_other_label_in_a_large_set_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    save(folder, **{f"{'odd' if n == 33 else 'even'}_{n}": scene(0) for n in range(70)})
+    found = run(folder)["equal pixels"]
+    assert len(found["sets"][0]) == 70 and len(found["different labels"]) == 1
+    assert "odd/33.png" in found["different labels"][0]
+
+
 def test_what_counts_as_near(tmp_path: Path) -> None:
     """Saved anew, made smaller, brighter or of more contrast: near. Another image, a mirrored one: not."""
     folder = tmp_path / "set"
