@@ -150,3 +150,45 @@ def draw_matrix(matrix: np.ndarray, rows: list[str], columns: list[str]) -> Imag
     for j, name in enumerate(columns):
         page.paste(words(name, above, 13).rotate(90, expand=True), (left + 38 * j + 11, 0))
     return page
+
+
+# %% curves
+
+LINES = ((31, 119, 180), (214, 88, 20), (44, 140, 60), (128, 60, 160), (110, 110, 110), (190, 150, 0))  # one a run
+
+
+def draw_curves(curves: list[tuple[Sequence[float], Sequence[float]]], size: tuple[int, int] = (360, 180)) -> Image.Image:
+    """Curves (x, y) in one frame, in the colours of `LINES`, with their numbers at the axes; an empty one is left out.
+    y runs from the lowest to the highest value of all, and from 0 to 1 where all lie there."""
+    shown = [y for _, y in curves if len(y)]
+    low, high = min(map(min, shown)), max(map(max, shown))
+    low, high = (0.0, 1.0) if 0 <= low <= high <= 1 else (min(low, 0.0), high if high > low else low + 1)
+    last = max(max(x) for x, _ in curves if len(x)) or 1
+    left, top, right, bottom = 44, 8, size[0] - 14, size[1] - 22
+    big = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")  # drawn twice as large, so that slopes are smooth
+    draw = ImageDraw.Draw(big)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return 2 * (left + x / last * (right - left)), 2 * (bottom - (y - low) / (high - low) * (bottom - top))
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        draw.line([at(0, low + share * (high - low)), at(last, low + share * (high - low))], (225, 225, 225), 2)
+    for (x, y), colour in zip(curves, LINES):
+        if len(x):
+            draw.line([at(*point) for point in zip(x, y)], colour, 5, joint="curve")
+    page = big.resize(size, Image.Resampling.LANCZOS)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for share in (0, 0.5, 1):
+        value = low + share * (high - low)
+        draw.text((left - 6, at(0, value)[1] / 2), f"{value:.3g}", "black", font, "rm")
+        draw.text((at(share * last, low)[0] / 2, bottom + 5), f"{share * last:g}", "black", font, "ma")
+    return page
+
+
+def draw_legend(names: Sequence[str], width: int) -> Image.Image:
+    """The colours of `LINES`, and what each stands for, one below the other."""
+    lines = []
+    for name, colour in zip(names, LINES):
+        mark = Image.new("RGB", (30, 20), "white")
+        ImageDraw.Draw(mark).line([(0, 10), (26, 10)], colour, 4)
+        lines.append(stack([mark, words(name, width - 36)], 6, across=True))
+    return stack(lines, 2)

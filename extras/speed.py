@@ -2,10 +2,12 @@
 
     python -m extras.speed --data ./autoimmune --init random --cnn resnet18 \\
         --transformer vit_tiny_patch16_224 --image-size 96
+    python -m extras.speed --data ./autoimmune --loading
 
 The loops timed are the ones of cass.py and dino.py themselves, on real images. Rounds of all
 contestants follow each other, so that a machine that slows down slows all of them; the first steps
-of each round are left out.
+of each round are left out. With --loading, images are loaded and nothing is trained: from their files, from
+the cache, and by a plain Pillow and torchvision (v1) pipeline of the same steps, by turns.
 """
 
 import argparse
@@ -15,16 +17,20 @@ import gc
 import platform
 import re
 import statistics
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
+from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torchvision import transforms as v1
 
 import cass
 import dino
-from data import ImageRows, add_data_options, augmentation, make_loader, open_images
+from data import MEAN, STD, ImageCache, ImageRows, add_data_options, augmentation, make_loader, open_images
 from runtime import Options, UserError, add_run_options, build_model, clear_exit, pick_device, pick_precision, pick_workers
 
 FLOOR = 3 / 8  # forward units an image and arm: CASS 1 + 2 backward; DINO (2 student views) * 3 + 2 teacher views
@@ -208,6 +214,56 @@ def machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
+# %% loading
+
+
+def plain_pipeline(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """The steps of `augmentation(size)` in torchvision's first transforms, as most scripts have them."""
+    jitter = v1.ColorJitter(0.2, 0.2, 0.2, 0.1)
+
+    def one_of(other: torch.nn.Module) -> v1.RandomApply:
+        return v1.RandomApply([v1.RandomChoice([jitter, other])], p=0.3)
+
+    bilinear = v1.InterpolationMode.BILINEAR
+    return v1.Compose([v1.Resize((size, size)), one_of(v1.RandomPerspective(0.2, 1.0, bilinear)),
+                       one_of(v1.RandomAffine(10, interpolation=bilinear)), v1.RandomHorizontalFlip(0.3),
+                       v1.RandomVerticalFlip(0.3), v1.ToTensor(), v1.Normalize(MEAN, STD)])
+
+
+def loading_table(args: argparse.Namespace) -> list[str]:
+    """Images a second that one core loads and augments, as Markdown lines."""
+    images, threads = open_images(args), torch.get_num_threads()
+    rows, plain = images.part("train")[:args.steps * args.batch_size], plain_pipeline(args.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = ImageCache(replace(images, rows=rows), args.image_size, Path(folder))
+        ours, cached = (ImageRows(images.folder, rows, augmentation(args.image_size), args.seed, cache=c)
+                        for c in (None, cache))
+        ways: dict[str, Callable[[int, int], Any]] = {
+            "from files": lambda epoch, i: ours[epoch, i], "from the cache": lambda epoch, i: cached[epoch, i],
+            "plain Pillow and torchvision v1": lambda epoch, i: plain(
+                Image.open(images.folder / rows[i].path).convert("RGB"))}
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        torch.set_num_threads(1)
+        for turn in range(args.rounds + 1):  # the first warms up
+            for name, load in ways.items():
+                begun = time.perf_counter()
+                for i in range(len(rows)):
+                    load(turn, i)
+                found[name].append(len(rows) / (time.perf_counter() - begun))
+        torch.set_num_threads(threads)
+    plain_speed = statistics.median(found["plain Pillow and torchvision v1"][1:])
+    lines = [f"{len(rows)} images a round, {args.rounds} rounds by turns after one to warm up, {args.image_size} pixels, "
+             f"one process and thread, torch {torch.__version__}", "",
+             "| | images/s on one core (median) | lowest - highest | of the plain pipeline |", "|---|---:|---:|---:|"]
+    for name, values in found.items():
+        middle = statistics.median(values[1:])
+        lines.append(f"| {name} | {middle:.0f} | {min(values[1:]):.0f} - {max(values[1:]):.0f} | {middle / plain_speed:.2f} |")
+    return lines
+
+
+# %% the command
+
+
 def speed_options() -> argparse.ArgumentParser:
     parser = Options("python -m extras.speed", "Time CASS beside DINO on your images and machine.")
     add_data_options(parser)
@@ -219,6 +275,7 @@ def speed_options() -> argparse.ArgumentParser:
     add("--warm-up", type=int, default=3, help="steps before them, left out (default: %(default)s)")
     add("--rounds", type=int, default=3, help="rounds of all contestants (default: %(default)s)")
     add("--cass-only", action="store_true", help="time CASS alone")
+    add("--loading", action="store_true", help="time the loading of --steps batches of images, and no training")
     return parser
 
 
@@ -227,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
 
     args = speed_options().parse_args(argv)
     with clear_exit(DataError):
-        print("\n".join(time_table(args)))
+        print("\n".join(loading_table(args) if args.loading else time_table(args)))
 
 
 if __name__ == "__main__" and "__file__" in globals():

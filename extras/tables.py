@@ -4,7 +4,7 @@
     python -m extras.tables T4 --data ./brain-mri --size small --seeds 3
     python -m extras.tables T1 --data ./brain-mri --size paper
 
-A table is a list of plain dicts in `TABLES`; add a row by adding a dict. Its runs are made by the
+The tables are plain dicts in `extras/paper.py`; add a row by adding a dict. Their runs are made by the
 commands of this project, each in a folder of its own; those that are finished are not made again,
 and tables share them. A sweep that was stopped goes on where it was.
 """
@@ -23,144 +23,9 @@ import dino
 import finetune
 from data import DataError, ImageSet, Row, open_images
 from extras import audit, speed
+from extras.paper import R50, SIZES, SMALL, TABLES, TIMED, VIT
 from metrics import gain, mean_and_spread
 from runtime import Options, UserError, clear_exit, pick_device, write_text
-
-# %% the tables: rows are dicts; `paper` is (mean, spread) as printed; what is not named is the paper's set-up
-
-R50, VIT = "resnet50.a1_in1k", "vit_base_patch16_384.augreg_in21k_ft_in1k"
-SIZES = {  # small: what 2 CPU cores carry; it is not the paper's set-up, and every table says so
-    "paper": {"cnn": R50, "transformer": VIT, "image_size": 384, "init": "imagenet", "epochs": 100, "tuning": 50},
-    "small": {"cnn": R50, "transformer": VIT, "image_size": 96, "init": "random", "epochs": 20, "tuning": 50,
-              "out_dim": 1024},  # DINO's head: 65,336 outputs would outweigh the small networks
-}
-SMALL = {  # the network that stands in for each of the paper's at --size small
-    R50: "test_resnet", VIT: "test_vit", "resnet18.a1_in1k": "resnet10t", "resnet200": "resnet14t",
-    "vit_large_patch16_384.augreg_in21k_ft_in1k": "test_vit2", "deit_base_patch16_384.fb_in1k": "test_vit3",
-    "densenet161.tv_in1k": "test_efficientnet", "swin_base_patch4_window12_384.ms_in22k_ft_in1k": "test_vit4"}
-
-
-def compare(*figures: tuple) -> list[dict]:
-    """Rows of Tables 2 to 5 from (method, arm, {share of labels: (mean, spread)}); CASS's rows come again
-    with the loss that is not the paper's."""
-    rows = [{"method": method, "arm": arm, "labels": labels, "paper": paper}
-            for method, arm, scores in figures for labels, paper in scores.items()]
-    return rows + [row | {"paper": None, "name": "--loss contrast", "options": {"loss": "contrast"}}
-                   for row in rows if row["method"] == "CASS"]
-
-
-def ablate(*rows: tuple) -> list[dict]:
-    """Rows of an ablation of pretraining from (name, options, CNN's figure, Transformer's figure)."""
-    return [{"method": "CASS", "arm": arm, "labels": 1, "paper": paper, "name": name, "options": options}
-            for name, options, *papers in rows for arm, paper in zip(("cnn", "transformer"), papers)]
-
-
-def supervised(*rows: tuple) -> list[dict]:
-    """Rows of supervised training from (name, timm name, figure, other options if any)."""
-    return [{"method": "supervised", "arm": "cnn", "labels": 1, "paper": paper, "name": name,
-             "options": {"cnn": arch} | (more[0] if more else {})} for name, arch, paper, *more in rows]
-
-
-def best(method: str, scores: dict) -> list[dict]:
-    return [{"method": method, "arm": "best", "labels": labels, "paper": paper} for labels, paper in scores.items()]
-
-
-AUTO, BRAIN = "autoimmune", "brain MRI"
-BASE_AUTO, BASE_BRAIN = ((0.8650, 0.0001), (0.8894, 0.005)), ((0.9909, 0.0032), (0.9279, 0.0213))
-TABLES = {
-    "T1": {"title": "Time of CASS against DINO", "data": "any", "rows": []},
-    "T2": {"title": "Autoimmune biopsies", "data": AUTO, "rows": compare(
-        ("DINO", "cnn", {0.1: (0.8237, 0.001), 1: (0.84252, 0.008)}),
-        ("CASS", "cnn", {0.1: (0.8158, 0.0055), 1: (0.8650, 0.0001)}),
-        ("supervised", "cnn", {0.1: (0.819, 0.0216), 1: (0.83895, 0.007)}),
-        ("DINO", "transformer", {0.1: (0.8445, 0.0008), 1: (0.8639, 0.002)}),
-        ("CASS", "transformer", {0.1: (0.8717, 0.005), 1: (0.8894, 0.005)}),
-        ("supervised", "transformer", {0.1: (0.8356, 0.007), 1: (0.8420, 0.009)}))},
-    "T3": {"title": "Dermofit", "data": "Dermofit", "rows": compare(
-        ("DINO", "cnn", {0.1: (0.3749, 0.0011), 1: (0.6775, 0.0005)}),
-        ("CASS", "cnn", {0.1: (0.4367, 0.0002), 1: (0.7132, 0.0003)}),
-        ("supervised", "cnn", {0.1: (0.33, 0.0001), 1: (0.6341, 0.0077)}),
-        ("DINO", "transformer", {0.1: (0.332, 0.0002), 1: (0.4810, 0.0012)}),
-        ("CASS", "transformer", {0.1: (0.3896, 0.0013), 1: (0.6667, 0.0002)}),
-        ("supervised", "transformer", {0.1: (0.299, 0.002), 1: (0.456, 0.0077)}))},
-    "T4": {"title": "Brain tumour MRI", "data": BRAIN, "rows": compare(
-        ("DINO", "cnn", {0.01: (0.63405, 0.09), 0.1: (0.92325, 0.02819), 1: (0.9900, 0.0058)}),
-        ("CASS", "cnn", {0.01: (0.40816, 0.13), 0.1: (0.8925, 0.0254), 1: (0.9909, 0.0032)}),
-        ("supervised", "cnn", {0.01: (0.52, 0.018), 0.1: (0.9022, 0.011), 1: (0.9899, 0.003)}),
-        ("DINO", "transformer", {0.01: (0.3211, 0.071), 0.1: (0.7529, 0.044), 1: (0.8841, 0.0052)}),
-        ("CASS", "transformer", {0.01: (0.3345, 0.11), 0.1: (0.7833, 0.0259), 1: (0.9279, 0.0213)}),
-        ("supervised", "transformer", {0.01: (0.3017, 0.077), 0.1: (0.747, 0.0245), 1: (0.8719, 0.017)}))},
-    "T5": {"title": "ISIC 2019", "data": "ISIC 2019", "rows": compare(
-        ("DINO", "cnn", {0.01: (0.328, 0.0016), 0.1: (0.3797, 0.0027), 1: (0.493, 3.9e-05)}),
-        ("CASS", "cnn", {0.01: (0.3617, 0.0047), 0.1: (0.41, 0.0019), 1: (0.543, 2.85e-05)}),
-        ("supervised", "cnn", {0.01: (0.2640, 0.031), 0.1: (0.3070, 0.0121), 1: (0.35, 0.006)}),
-        ("DINO", "transformer", {0.01: (0.3676, 0.012), 0.1: (0.3998, 0.056), 1: (0.5408, 0.001)}),
-        ("CASS", "transformer", {0.01: (0.3973, 0.0465), 0.1: (0.4395, 0.0179), 1: (0.5819, 0.0015)}),
-        ("supervised", "transformer", {0.01: (0.3074, 0.0005), 0.1: (0.3586, 0.0314), 1: (0.42, 0.007)}))},
-    "T6": {"title": "Batch size", "data": AUTO, "rows": ablate(
-        ("batch 8", {"batch_size": 8}, (0.88285, 0.0011), (0.8844, 0.0009)), ("batch 16", {}, *BASE_AUTO),
-        ("batch 32", {"batch_size": 32}, (0.8648, 0.0005), (0.889, 0.0064)))},
-    "T7": {"title": "Epochs of pretraining", "data": AUTO, "rows": ablate(
-        ("50 epochs", {"epochs": 0.5}, (0.8521, 0.0007), (0.8765, 0.0021)), ("100 epochs", {}, *BASE_AUTO),
-        ("200 epochs", {"epochs": 2}, (0.8766, 0.001), (0.9053, 0.008)),
-        ("300 epochs", {"epochs": 3}, (0.8777, 0.004), (0.9091, 8.2e-5)))},
-    "T8": {"title": "Augmentations", "data": AUTO, "rows": ablate(
-        ("CASS only", {}, *BASE_AUTO), ("+ solarize", {"augment": "solarize"}, (0.8551, 0.0004), (0.81455, 0.002)),
-        ("+ blur", {"augment": "blur"}, (0.864, 4.2e-05), (0.8604, 0.0029)),
-        ("+ blur, solarize", {"augment": "blur+solarize"}, (0.8573, 2.59e-05), (0.8513, 0.0066)))},
-    "T9": {"title": "Optimiser of the CNN", "data": AUTO, "rows": ablate(
-        ("Adam", {}, *BASE_AUTO), ("SGD", {"cnn_optimizer": "sgd"}, (0.8648, 0.0005), (0.82355, 0.0064)))},
-    "T10": {"title": "Transformer", "data": AUTO, "rows": ablate(
-        ("ViT-B/16", {}, (0.8650, 0.001), (0.8894, 0.005)),
-        ("ViT-L/16", {"transformer": "vit_large_patch16_384.augreg_in21k_ft_in1k"}, (0.8481, 0.001), (0.853, 0.004)))},
-    "T11": {"title": "Supervised, for T10", "data": AUTO, "rows": supervised(
-        ("ResNet-50", R50, (0.83895, 0.007)), ("ViT-B/16", VIT, (0.8420, 0.009)),
-        ("ViT-L/16", "vit_large_patch16_384.augreg_in21k_ft_in1k", (0.80495, 0.0077)))},
-    "T12": {"title": "CNN", "data": AUTO, "rows": ablate(
-        ("ResNet-18", {"cnn": "resnet18.a1_in1k"}, (0.8674, 4.8e-5), (0.8773, 5.29e-5)),
-        ("ResNet-50", {}, (0.8680, 0.001), (0.8894, 0.0005)),
-        ("ResNet-200, random start", {"cnn": "resnet200", "cnn_init": "random"}, (0.8517, 0.0009), (0.874, 0.0006)))},
-    "T13": {"title": "Supervised, for T12", "data": AUTO, "rows": supervised(
-        ("ResNet-18", "resnet18.a1_in1k", (0.8499, 0.0004)), ("ResNet-50", R50, (0.83895, 0.007)),
-        ("ResNet-200, random start", "resnet200", (0.833, 0.0005), {"init": "random"}))},
-    "T14": {"title": "Batch size", "data": BRAIN, "rows": ablate(
-        ("batch 8", {"batch_size": 8}, (0.9895, 0.0025), (0.93158, 0.0109)), ("batch 16", {}, *BASE_BRAIN),
-        ("batch 32", {"batch_size": 32}, (0.9848, 0.011), (0.9176, 0.006)))},
-    "T15": {"title": "Epochs of pretraining", "data": BRAIN, "rows": ablate(
-        ("50 epochs", {"epochs": 0.5}, (0.9795, 0.0109), (0.9262, 0.0181)), ("100 epochs", {}, *BASE_BRAIN),
-        ("200 epochs", {"epochs": 2}, (0.9864, 0.008), (0.9476, 0.0012)),
-        ("300 epochs", {"epochs": 3}, (0.9920, 0.001), (0.9484, 0.017)))},
-    "T16": {"title": "CNN", "data": BRAIN, "rows": ablate(
-        ("ResNet-18", {"cnn": "resnet18.a1_in1k"}, (0.9913, 0.002), (0.9801, 0.007)), ("ResNet-50", {}, *BASE_BRAIN),
-        ("ResNet-200, random start", {"cnn": "resnet200", "cnn_init": "random"}, (0.9898, 0.005), (0.9276, 0.017)))},
-    "T17": {"title": "Transformer", "data": BRAIN, "rows": ablate(
-        ("DeiT-B/16", {"transformer": "deit_base_patch16_384.fb_in1k"}, (0.9902, 0.0025), (0.9844, 0.0048)),
-        ("ViT-B/16", {}, *BASE_BRAIN),
-        ("ViT-L/16", {"transformer": "vit_large_patch16_384.augreg_in21k_ft_in1k"}, (0.98945, 2.45e-5), (0.8896, 0.0009)))},
-    "T18": {"title": "Two CNNs", "data": BRAIN, "rows": ablate(
-        ("ResNet-50, ViT-B/16", {}, *BASE_BRAIN),
-        ("ResNet-50, DenseNet-161", {"transformer": "densenet161.tv_in1k"}, (0.9743, 8.8e-5), (0.98365, 9.63e-5)))},
-    "T19": {"title": "Two Transformers", "data": BRAIN, "rows": ablate(
-        ("ResNet-50, ViT-B/16", {}, *BASE_BRAIN),
-        ("Swin-B, ViT-B/16", {"cnn": "swin_base_patch4_window12_384.ms_in22k_ft_in1k"}, (0.9883, 1.26e-5), (0.94, 8.12e-5)))},
-    "T20": {"title": "Start weights", "data": BRAIN, "rows": ablate(
-        ("random", {"init": "random"}, (0.9907, 0.009), (0.9316, 0.027)), ("ImageNet", {"init": "imagenet"}, *BASE_BRAIN))},
-    "T21": {"title": "Function on the outputs", "data": AUTO, "rows": ablate(
-        ("none", {}, *BASE_AUTO), ("sigmoid", {"outputs": "sigmoid"}, (0.8296, 0.00024), (0.8322, 0.004)),
-        ("softmax", {"outputs": "softmax"}, (0.8188, 0.0001), (0.8093, 0.00011)))},
-    "F19-autoimmune": {"title": "First version, Table 19: best arm", "data": AUTO, "rows":
-        best("CASS", {0.1: (0.8717, 0.005), 1: (0.8894, 0.005)}) + best("DINO", {0.1: (0.8445, 0.0008), 1: (0.8639, 0.002)})
-        + best("supervised", {0.1: (0.8356, 0.007), 1: (0.8420, 0.009)})},
-    "F19-brain": {"title": "First version, Table 19: best arm", "data": BRAIN, "rows":
-        best("CASS", {0.01: (0.40816, 0.13), 0.1: (0.8925, 0.0254), 1: (0.9909, 0.0058)})
-        + best("DINO", {0.01: (0.63405, 0.09), 0.1: (0.92325, 0.02819), 1: (0.9900, 0.0032)})
-        + best("supervised", {0.01: (0.3717, 0.077), 0.1: (0.9022, 0.011), 1: (0.9899, 0.003)})},
-    "F19-isic": {"title": "First version, Table 19: best arm", "data": "ISIC 2019", "rows":
-        best("CASS", {0.01: (0.7258, 0.0465), 0.1: (0.6195, 0.0179), 1: (0.6519, 0.001)})
-        + best("DINO", {0.01: (0.518, 3.9e-08), 0.1: (0.3646, 0.0765), 1: (0.3908, 0.001)})
-        + best("supervised", {0.01: (0.52, 0.018), 0.1: (0.3097, 0.0314), 1: (0.35, 0.006)})},
-}
-
 
 # %% the runs behind a table
 
@@ -272,15 +137,16 @@ COLUMNS = ("headline", "metric", "chosen", "ensemble", "cosine", "rank")
 
 
 def fill(row: dict, args: argparse.Namespace, shared: list[str], metric: tuple[str, str]) -> dict:
-    """Make what a row needs, seed by seed; the row with (mean, spread, n) a column, or its failure."""
-    seeds, failed = [], ""
+    """Make what a row needs, seed by seed; the row with (mean, spread, n) a column, its `seeds`, or its failure."""
+    seeds, failed = {}, ""
     for seed in range(args.seeds):
         reasons = [make(*job, shared) for job in jobs_of(row, seed, args)]
         failed = next(filter(None, reasons), "") or failed
         if not any(reasons):
-            seeds.append(scores_of(row, seed, args, metric))
-    values = {c: mean_and_spread([s[c] for s in seeds]) for c in COLUMNS if seeds and all(s.get(c) is not None for s in seeds)}
-    return row | {"values": values, "failed": failed, "images": seeds[0]["images"] if seeds else None}
+            seeds[seed] = scores_of(row, seed, args, metric)
+    each = list(seeds.values())
+    values = {c: mean_and_spread([s[c] for s in each]) for c in COLUMNS if each and all(s.get(c) is not None for s in each)}
+    return row | {"values": values, "failed": failed, "images": each[0]["images"] if each else None, "seeds": seeds}
 
 
 def cell(value: tuple | None) -> str:
@@ -310,7 +176,7 @@ def table_lines(name: str, rows: list[dict], args: argparse.Namespace, leaks: in
                      f"{cell(v.get('ensemble'))} | {cell(v.get('cosine'))} | {cell(v.get('rank'))} | "
                      f"{row.get('name', '')}{'; ' if row['failed'] and row.get('name') else ''}"
                      f"{'failed: ' + row['failed'] if row['failed'] else ''} |")
-    return lines + gain_lines(rows)
+    return lines + gain_lines(rows) + paired_lines(rows)
 
 
 def gain_lines(rows: list[dict]) -> list[str]:
@@ -329,6 +195,30 @@ def gain_lines(rows: list[dict]) -> list[str]:
             lines.append(f"Gain of CASS over DINO at {labels:.0%} of the labels, both arms: {each[0]:+.2f} points; "
                          f"the paper's figures give {each[1]:+.2f}.")
     return ["", *lines] if lines else []
+
+
+def paired_lines(rows: list[dict]) -> list[str]:
+    """What --loss contrast changes against each other method, paired by seed: mean difference of macro F1, its
+    standard error, and how many of these it is."""
+    def of(like: dict, **wanted: str) -> dict:
+        return next((row["seeds"] for row in rows if row["arm"] == like["arm"] and row["labels"] == like["labels"]
+                     and all(row.get(key, "") == value for key, value in wanted.items())), {})
+
+    others = {"CASS, cosine": {"method": "CASS", "name": ""}, "DINO": {"method": "DINO"}, "supervised": {"method": "supervised"}}
+    lines = []
+    for row in rows:
+        cells = []
+        for wanted in others.values() if row.get("name") == "--loss contrast" else ():
+            baseline = of(row, **wanted)
+            mean, spread, n = mean_and_spread([row["seeds"][s]["headline"] - baseline[s]["headline"]
+                                               for s in row["seeds"] if s in baseline] or [0])
+            cells.append("" if spread is None else f"{mean:+.4f} ± {spread / n**0.5:.4f}"
+                         + (f" ({mean / spread * n**0.5:+.1f})" if spread else ""))
+        if any(cells):
+            lines.append(f"| {row['arm']} | {row['labels']:.0%} | " + " | ".join(cells) + " |")
+    head = ["", "`--loss contrast` minus the others, paired by seed: mean difference of macro F1 ± its standard error (their "
+            "ratio).", "", f"| arm | labels | minus {' | minus '.join(others)} |", "|---|---:|---:|---:|---:|"]
+    return head + lines if lines else []
 
 
 def write_table(name: str, rows: list[dict], lines: list[str], folder: Path) -> None:
@@ -402,6 +292,7 @@ def tables_options() -> argparse.ArgumentParser:
     add("--schedule", choices=("16", "run"), default="16", help="rate of fine-tuning, see finetune.py --help")
     add("--metric", choices=("f1", "recall"), help="the paper's metric (default: recall for ISIC 2019, else pooled F1)")
     add("--split-file", type=Path, help="a split.csv to use, such as the audit's without leaking test images")
+    add("--cache", type=Path, metavar="DIR", help="see cass.py --help")
     add("--device", default="auto", help="see cass.py --help")
     add("--precision", default="auto", help="see cass.py --help")
     add("--workers", help="see cass.py --help")
@@ -423,14 +314,13 @@ def make_tables(args: argparse.Namespace) -> None:
     if args.estimate:
         return print("\n".join(estimate(args.tables, args)))
     shared = ["--device", args.device, "--precision", args.precision] + (
-        ["--workers", args.workers] if args.workers else [])
+        ["--workers", args.workers] if args.workers else []) + (["--cache", str(args.cache)] if args.cache else [])
     for name in args.tables:
         if name == "T1":
-            size = SIZES[args.size]
-            arch = {arm: SMALL[size[arm]] if args.size == "small" else size[arm] for arm in ("cnn", "transformer")}
+            cnn, transformer = TIMED[args.size]
             lines = speed.time_table(speed.speed_options().parse_args(
-                ["--data", str(args.data), "--cnn", arch["cnn"], "--transformer", arch["transformer"], "--init", "random",
-                 "--image-size", str(size["image_size"]), "--epochs", str(args.epochs or 100), *shared]))
+                ["--data", str(args.data), "--cnn", cnn, "--transformer", transformer, "--init", "random", "--image-size",
+                 str(SIZES[args.size]["image_size"]), "--epochs", str(args.epochs or 100), *shared]))
             rows: list[dict] = []
         else:
             recall = args.metric == "recall" or not args.metric and TABLES[name]["data"] == "ISIC 2019"

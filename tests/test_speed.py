@@ -54,3 +54,20 @@ def test_the_table_holds_the_ratio_of_its_own_rows(tmp_path, capsys):
     assert float(re.search(r"CASS / DINO, both arms: ([\d.]+)", text)[1]) == pytest.approx(
         steps["CASS, both arms"] / full, abs=0.01)
     assert "Paper: 0.31" in text and "0.375" in text and "extrapolated" in text
+
+
+def test_the_plain_pipeline_takes_the_same_steps_and_loading_is_timed_by_turns(tmp_path, capsys):
+    from torchvision import transforms as v1
+    from torchvision.transforms import v2
+
+    from data import augmentation
+
+    ours, plain = augmentation(32).transforms, speed.plain_pipeline(32).transforms
+    names = [[type(step).__name__ for step in steps] for steps in (ours, plain)]
+    assert names[0][:5] == names[1][:5] == ["Resize", "RandomApply", "RandomApply", "RandomHorizontalFlip", "RandomVerticalFlip"]
+    assert isinstance(plain[1], v1.RandomApply) and isinstance(ours[1], v2.RandomApply) and plain[1].p == ours[1].p
+    speed.main(["--data", str(class_folders(tmp_path / "d", cat=8, dog=8)), "--loading", "--image-size", "32",
+                "--batch-size", "4", "--steps", "1", "--rounds", "2"])
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| (\d+) - (\d+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
+    assert [name for name, *_ in rows] == ["from files", "from the cache", "plain Pillow and torchvision v1"]
+    assert all(int(low) <= int(middle) <= int(high) for _, middle, low, high, _ in rows) and rows[2][4] == "1.00"

@@ -59,6 +59,15 @@ def test_a_table_is_computed_from_its_runs_and_shared_with_others(folder, tmp_pa
     assert "not the paper's set-up" in text and "8 test images, of which 0 also stand in training" in text
     assert "0.9279 ± 0.021" in text and "Gain of CASS over DINO at 100% of the labels" in text
 
+    ours, scratch = ({json.loads(file.read_text())["seeds"][0]["seed"]: json.loads(file.read_text())["seeds"][0]["arms"]
+                      for file in tmp_path.glob(f"tiny-small/seed*/{name}/result.json")}
+                     for name in ("cass-*contrast*tuned-1", "supervised-test_vit-*"))
+    gaps = [ours[s]["transformer"]["test"]["headline"] - next(iter(scratch[s].values()))["test"]["headline"] for s in (0, 1)]
+    line = next(line for line in text.splitlines() if line.startswith("| transformer | 100% | ") and line.count("|") == 6)
+    said, error = line.split("|")[5].split("(")[0].split("±")
+    assert float(said) == pytest.approx(np.mean(gaps), abs=1e-4)
+    assert float(error) == pytest.approx(np.std(gaps, ddof=1) / 2**0.5, abs=1e-4)
+
     sweep(folder, tmp_path, "T4")  # nothing is computed twice
     assert "$ python" not in capsys.readouterr().out
     monkeypatch.setitem(tables.TABLES, "T14", tables.TABLES["T14"] | {"rows": tables.TABLES["T14"]["rows"][2:4]})
