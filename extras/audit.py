@@ -6,6 +6,7 @@ Every image is decoded once. Found are images of equal pixels and near duplicate
 with equal and with different labels; groups in several parts; unreadable and one-coloured images; sizes and colour
 modes out of line; uneven classes. A summary on the screen; in --out `audit.json` with every file, `pairs.png` with the
 worst pairs side by side, and with --write-split a `split.csv` for --split-file, without the test images that leak.
+--predictions RUN/predictions.csv (of finetune.py) tells how much the leaking ones flatter a score.
 
 Near duplicates: the signs of the lowest 63 waves of a 32 x 32 grey copy (pHash) differ in at most --near places, and
 the copies correlate by 0.98. That finds what was saved anew, resized, brightened or given more contrast, and
@@ -20,13 +21,14 @@ from collections import Counter
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import PARTS, DataError, ImageSet, add_data_options, describe, load_image, open_images, write_split
+from data import PARTS, DataError, ImageSet, add_data_options, describe, load_image, open_images, read_table, write_split
+from metrics import class_counts, mean_and_spread, precision_recall_f1
 from runtime import Options, clear_exit, write_text
 
 WAVES = np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) + 1) / 64).astype(np.float32)  # (8, 32): a DCT
@@ -225,6 +227,29 @@ def summary(facts: dict) -> Iterator[str]:
         yield line("", f"{share[low]:.0%} of {low} are in colour, {share[high]:.0%} of {high}: a give-away?", True)
 
 
+def flattery(file: Path, leaking: set[str], classes: list[str]) -> Iterator[str]:
+    """Lines with the macro F1 of each network in a `predictions.csv`, mean over seeds: on all test images, on those
+    that do not leak, and on those that do. Raises `DataError`."""
+    _, lines = read_table(file)
+    rows = [line for _, line in lines]
+    if not rows or not {"image", "truth", "seed"} <= set(rows[0]):
+        raise DataError(f"{file} is no predictions.csv of a test part, as finetune.py leaves it in its run folder")
+
+    def f1(network: str, seed: str, keep: Callable[[str], bool]) -> float:
+        chosen = [row for row in rows if row["seed"] == seed and keep(row["image"])]
+        truth, said = (np.array([[c in row[key].split("|") for c in classes] for row in chosen]).reshape(-1, len(classes))
+                       for key in ("truth", f"{network}: class"))
+        return float(precision_recall_f1(class_counts(truth, said))["f1"].mean())
+    names, seeds = [key[:-7] for key in rows[0] if key.endswith(": class")], list(dict.fromkeys(r["seed"] for r in rows))
+    parts = {"all": lambda image: True, "without leaks": lambda image: image not in leaking, "leaking only": leaking.__contains__}
+    counts = {part: sum(row["seed"] == seeds[0] and keep(row["image"]) for row in rows) for part, keep in parts.items()}
+    yield f"macro F1 of {file}, {len(seeds)} seed{'s' * (len(seeds) > 1)}; " + ", ".join(f"{n} test images {part}" for part, n in counts.items())
+    for name in names:
+        cells = [mean_and_spread([f1(name, seed, keep) for seed in seeds]) for keep in parts.values()]
+        yield f"  {name:14}" + "   ".join(f"{part} {mean:.4f}" + (f" +- {spread:.4f}" if spread is not None else "")
+                                         for part, (mean, spread, _) in zip(parts, cells))
+
+
 # %% showing
 
 
@@ -273,6 +298,9 @@ def run_audit(args: argparse.Namespace) -> None:
     if sheet := contact_sheet(findings):
         sheet.save(out / "pairs.png")
         print(f"the worst pairs: {out / 'pairs.png'}")
+    if args.predictions:
+        leaking = {findings.rows[i].path for i in findings.leaks("test", {"train", "val"})}
+        print("\n".join(flattery(args.predictions, leaking, images.classes)))
     if args.write_split:
         leaking = {findings.rows[i].path for i in findings.leaks("test", {"train", "val"}, args.write_split == "near")}
         rows = [row for row in findings.rows if row.path not in leaking]
@@ -291,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--near", type=int, default=4, help=f"largest distance, of {BITS}, of near duplicates (default: %(default)s)")
     add("--write-split", nargs="?", const="exact", choices=("exact", "near"), help="write split.csv without the test "
         "images of which training or validation has equal pixels (exact, if nothing is said) or near duplicates (near)")
+    add("--predictions", type=Path, metavar="FILE", help="score a predictions.csv with and without the leaking test images")
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode (default: one for each core)")
     with clear_exit(DataError, OSError):
         run_audit(parser.parse_args(argv))

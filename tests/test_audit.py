@@ -222,3 +222,17 @@ def test_folder_is_left_as_it_is(planted: Path) -> None:
     assert {str(p): p.stat().st_mtime_ns for p in planted.rglob("*")} == before
     with open(planted.with_name("set-report") / "split.csv", newline="") as file:
         assert next(csv.reader(file)) == ["path", "split", "labels", "group"]
+
+
+def test_scores_with_and_without_leaks(planted: Path, capsys: pytest.CaptureFixture) -> None:
+    """A network that says cat whatever it sees: six cats and six dogs do not leak, two cats do."""
+    rows = data.split_images(data.read_images(planted)).part("test")
+    file = planted.with_name("predictions.csv")
+    file.write_text("seed,image,truth,class,net: class\n" + "".join(
+        f"{seed},{row.path},{row.labels[0]},cat,cat\n" for seed in (0, 1) for row in rows))
+    run(planted, "--predictions", str(file))
+    said = capsys.readouterr().out
+    assert "2 seeds; 14 test images all, 12 test images without leaks, 2 test images leaking only" in said
+    assert "net           all 0.3636 +- 0.0000   without leaks 0.3333 +- 0.0000   leaking only 0.5000 +- 0.0000" in said
+    file.write_text("image,class\na.png,cat\n")  # that of finetune.py --predict, which knows no truth
+    assert "predictions.csv" in sentence(capsys, lambda: run(planted, "--predictions", str(file)))
