@@ -18,11 +18,13 @@ import csv
 import hashlib
 import io
 import os
+import posixpath
 import shutil
 import signal
 import sys
 import time
 import uuid
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,6 +100,8 @@ def read_images(folder: str | Path) -> ImageSet:
     if (folder / "labels.csv").is_file():
         return _read_csv(folder)
     inside, _ = _inside(folder)
+    if len(inside) == 1 and "train" in {PART_NAMES.get(name.lower()) for name in _inside(folder / inside[0])[0]}:
+        raise DataError(f"{folder} holds one folder, which holds the parts; name that one: --data {folder / inside[0]}")
     parts = {name: PART_NAMES[name.lower()] for name in inside if name.lower() in PART_NAMES}
     rows, notes = [], []
     if "train" in parts.values():
@@ -118,6 +122,7 @@ def read_images(folder: str | Path) -> ImageSet:
 def _read_classes(folder: Path, notes: list[str]) -> list[Row]:
     """Rows of a folder of class folders, or of a flat folder of images."""
     names, flat = _inside(folder)
+    names = [name for name in names if not _leads_up(os.path.join(folder, name))]
     rows = [Row(f"{name}/{path}", (name,)) for name in names for path in _image_files(folder / name)]
     if rows and flat:
         notes.append(f"{len(flat)} images beside the class folders in {folder} are not used, "
@@ -144,11 +149,21 @@ def _image_files(folder: Path) -> Iterator[str]:
     seen, found = set(), []
     for here, folders, files in os.walk(folder, onerror=_cant_list, followlinks=True):
         real = os.path.realpath(here)
-        folders[:] = [d for d in folders if not d.startswith((".", "__MACOSX")) and real not in seen]
+        folders[:] = [d for d in folders if not d.startswith((".", "__MACOSX")) and real not in seen
+                      and not _leads_up(os.path.join(here, d))]
         if real not in seen:
             found += [os.path.relpath(os.path.join(here, f), folder) for f in files if _is_image(f)]
         seen.add(real)
+    for path in found:
+        if not path.isprintable():  # names from zips of old systems, or with line breaks, fit into no CSV file
+            raise DataError(f"the name of {ascii(os.path.join(folder, path))} is not plain text; rename that file")
     return iter(sorted(path.replace(os.sep, "/") for path in found))
+
+
+def _leads_up(folder: str) -> bool:
+    """Whether this is a link to a folder that it lies in: all there would come again, under other labels."""
+    real = os.path.realpath(folder)
+    return os.path.islink(folder) and f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{real}/".replace("//", "/"))
 
 
 def distinct_classes(classes: list[str]) -> list[str]:
@@ -164,25 +179,32 @@ def distinct_classes(classes: list[str]) -> list[str]:
     return classes
 
 
-def read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+def read_table(file: Path, strip: bool = True) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """The column names of a CSV file, and its lines as (number, cells by column), empty ones left
-    out: separators , ; or tab, quotes, a byte-order mark and any line ends."""
+    out: separators , ; or tab, quotes, a byte-order mark and any line ends. `strip` takes white space off the cells."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} can't be read: " + (error.strerror if isinstance(error, OSError) else
                         "it is not UTF-8 text; save it as CSV UTF-8")) from None
-    head = text.split("\n", 1)[0]
+    head = next(filter(str.strip, text.splitlines()), "")
     table = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
-    header, lines = [name.strip() for name in next(table, [])], []
+    header, lines = [], []
+    try:
+        for cells in table:
+            if any("\n" in cell for cell in cells):
+                raise DataError(f"{file} line {table.line_num} ends a cell that goes over several lines; is a quote unclosed?")
+            if not header:
+                header = [cell.strip() for cell in cells] if any(cell.strip() for cell in cells) else []
+            elif any(cell.strip() for cell in cells):
+                if len(cells) != len(header):
+                    raise DataError(f"{file} line {table.line_num} has {len(cells)} cells, not the "
+                                    f"{len(header)} of its first line")
+                lines.append((table.line_num, dict(zip(header, (c.strip() if strip else c for c in cells)))))
+    except csv.Error as error:
+        raise DataError(f"{file} line {table.line_num} can't be read: {error}; is a quote unclosed?") from None
     if len(set(header)) < len(header):
         raise DataError(f"{file} needs distinct column names in its first line, not {', '.join(header)}")
-    for cells in table:
-        if any(cell.strip() for cell in cells):
-            if len(cells) != len(header):
-                raise DataError(f"{file} line {table.line_num} has {len(cells)} cells, not the "
-                                f"{len(header)} of its first line")
-            lines.append((table.line_num, dict(zip(header, (cell.strip() for cell in cells)))))
     return header, lines
 
 
@@ -227,7 +249,10 @@ def _csv_row(file: Path, number: int, line: dict, columns: list[str], by_class: 
             raise DataError(f"{file} line {number}, column {name!r} holds {line[name]!r}; with several "
                             "class columns each cell must be 0 or 1; known besides are "
                             "image, group and split")
-    return Row(line["image"], tuple(labels), line.get("group", ""), PART_NAMES.get(split.lower(), ""))
+    path = posixpath.normpath(line["image"]) if line["image"] else ""  # ./a.png and a.png are one image
+    if posixpath.isabs(path):
+        raise DataError(f"{file} line {number} names {path}; write it relative to the folder of the table")
+    return Row(path, tuple(labels), line.get("group", ""), PART_NAMES.get(split.lower(), ""))
 
 
 def _check_csv_files(folder: Path, file: Path, rows: list[Row], numbers: list[int]) -> None:
@@ -350,14 +375,10 @@ def write_split(file: Path, images: ImageSet) -> None:
 
 def read_split(file: Path, images: ImageSet) -> ImageSet:
     """The rows of a `split.csv`, in its order, checked against what the folder holds."""
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as handle:
-            table = list(csv.DictReader(handle))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} can't be read as a split: {error}") from None
+    _, table = read_table(file, strip=False)
     known, rows = {row.path: row for row in images.rows}, []
-    labelled = any(line.get("labels") for line in table)  # else made before there were labels
-    for number, line in enumerate(table, 2):
+    labelled = any(line.get("labels") for _, line in table)  # else made before there were labels
+    for number, line in table:
         row = known.get(line.get("path") or "")
         if row is None or line.get("split") not in PARTS:
             raise DataError(f"{file} line {number} names {line.get('path')!r} in part "
@@ -541,6 +562,7 @@ class ImageCache:
 
     The file's name is a hash of what it was made from, so a changed image makes another file. It is
     written aside and renamed: what bears the name is whole, whoever else builds it or was killed.
+    A checksum of each image stands at the end: one that was damaged later is read from its own file.
     Raises `DataError`.
     """
 
@@ -553,19 +575,24 @@ class ImageCache:
                 facts = os.stat(images.folder / path)
             except OSError as error:
                 raise DataError(f"{images.folder / path} can't be read: {error.strerror}") from None
-            key.update(repr((path, facts.st_size, facts.st_mtime_ns)).encode())
-        self.file = folder / f"images-{size}-{key.hexdigest()[:32]}.uint8"
-        bytes_needed = len(paths) * size * size * 3
+            key.update(repr((path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)).encode())
+        self.file, self.folder = folder / f"images-{size}-{key.hexdigest()[:32]}.uint8", images.folder
+        self.resize = v2.Resize((size, size), v2.InterpolationMode.BILINEAR)
+        bytes_needed = len(paths) * (size * size * 3 + 4)
         if not self.file.is_file() or self.file.stat().st_size != bytes_needed:
             try:
                 self._build(images, bytes_needed, workers)
             except OSError as error:
                 raise DataError(f"--cache {folder} can't be written: {error.strerror}") from None
+        self.checksums = np.fromfile(self.file, np.uint32, offset=len(paths) * size * size * 3)
 
     def __getitem__(self, path: str) -> Image.Image:
         # Mapped anew each time: a map does not survive the way to a worker process.
-        begin = self.index[path] * self.shape[0] * self.shape[1] * 3
-        return Image.fromarray(np.memmap(self.file, np.uint8, "r", begin, self.shape))
+        number = self.index[path]
+        pixels = np.memmap(self.file, np.uint8, "r", number * self.shape[0] * self.shape[1] * 3, self.shape)
+        if zlib.crc32(pixels) != self.checksums[number]:
+            return self.resize(load_image(self.folder / path))
+        return Image.fromarray(pixels)
 
     def _build(self, images: ImageSet, bytes_needed: int, workers: int) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -576,15 +603,17 @@ class ImageCache:
         if (free := shutil.disk_usage(self.file.parent).free) < bytes_needed:
             raise DataError(f"--cache {self.file.parent} has {free / 1e9:.1f} GB left, and "
                             f"{bytes_needed / 1e9:.1f} are needed")
-        resize = v2.Compose([v2.Resize(self.shape[:2], v2.InterpolationMode.BILINEAR), np.array])
-        rows = ImageRows(images.folder, [Row(path) for path in self.index], resize)
+        rows = ImageRows(images.folder, [Row(path) for path in self.index], v2.Compose([self.resize, np.array]))
         loader = make_loader(rows, 32, shuffle=False, workers=workers)
         aside = self.file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        checksums: list[int] = []
         print(f"writing {len(rows)} images, {bytes_needed / 1e9:.1f} GB, to the cache {self.file}")
         try:
             with open(aside, "wb") as file:
                 for batch in tqdm(loader, unit="batch", disable=not sys.stdout.isatty()):
                     file.write(batch.numpy())
+                    checksums += [zlib.crc32(pixels) for pixels in batch.numpy()]
+                file.write(np.array(checksums, np.uint32))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, self.file)
@@ -676,7 +705,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         print("\n".join(describe(open_images(args))))
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

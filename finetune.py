@@ -592,7 +592,7 @@ def main(argv: list[str] | None = None) -> None:
     from runtime import clear_exit
 
     args = tune_options().parse_args(argv)
-    with clear_exit(DataError, FloatingPointError, OSError):
+    with clear_exit(DataError, FloatingPointError):
         run_prediction(args) if args.predict else run_tuning(args)
 
 

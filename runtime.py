@@ -37,10 +37,10 @@ class UserError(Exception):
 
 @contextmanager
 def clear_exit(*errors: type[Exception]) -> Iterator[None]:
-    """Turn a `UserError`, or one of `errors`, into one sentence on stderr and exit code 2."""
+    """Turn a `UserError`, a file that can't be used, or one of `errors`, into one sentence on stderr and exit code 2."""
     try:
         yield
-    except (UserError, *errors) as error:
+    except (UserError, OSError, *errors) as error:
         # An error from a loader's worker arrives with that worker's traceback in front of it.
         sentence = re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
         print(f"error: {sentence}", file=sys.stderr)

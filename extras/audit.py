@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from data import PARTS, DataError, ImageSet, add_data_options, describe, load_image, open_images, read_table, write_split
 from metrics import class_counts, mean_and_spread, precision_recall_f1
-from runtime import Options, clear_exit, write_text
+from runtime import Options, clear_exit, positive, write_text
 
 WAVES = np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) + 1) / 64).astype(np.float32)  # (8, 32): a DCT
 BITS, LIKENESS = 63, 0.98
@@ -227,27 +227,36 @@ def summary(facts: dict) -> Iterator[str]:
         yield line("", f"{share[low]:.0%} of {low} are in colour, {share[high]:.0%} of {high}: a give-away?", True)
 
 
-def flattery(file: Path, leaking: set[str], classes: list[str]) -> Iterator[str]:
-    """Lines with the macro F1 of each network in a `predictions.csv`, mean over seeds: on all test images, on those
-    that do not leak, and on those that do. Raises `DataError`."""
-    _, lines = read_table(file)
-    rows = [line for _, line in lines]
-    if not rows or not {"image", "truth", "seed"} <= set(rows[0]):
+def read_predictions(file: Path, images: ImageSet) -> list[dict[str, str]]:
+    """The lines of a fine-tuning run's `predictions.csv`, if they are of this test part. Raises `DataError`."""
+    header, lines = read_table(file)
+    if not lines or not {"image", "truth", "seed"} <= set(header):
         raise DataError(f"{file} is no predictions.csv of a test part, as finetune.py leaves it in its run folder")
+    truth = {row.path: "|".join(row.labels) for row in images.part("test")}
+    for number, line in lines:
+        if truth.get(line["image"]) != line["truth"]:
+            raise DataError(f"{file} line {number} is of {line['image']}, which is no test image of {images.folder} with that "
+                            "label; name the split of that run with --split-file RUN/split.csv")
+    return [line for _, line in lines]
 
+
+def flattery(rows: list[dict[str, str]], leaking: set[str], classes: list[str]) -> Iterator[str]:
+    """Lines with the macro F1 of each network in `read_predictions`, mean over seeds: on all test images, on those that
+    do not leak, and on those that do."""
     def f1(network: str, seed: str, keep: Callable[[str], bool]) -> float:
         chosen = [row for row in rows if row["seed"] == seed and keep(row["image"])]
         truth, said = (np.array([[c in row[key].split("|") for c in classes] for row in chosen]).reshape(-1, len(classes))
                        for key in ("truth", f"{network}: class"))
         return float(precision_recall_f1(class_counts(truth, said))["f1"].mean())
-    names, seeds = [key[:-7] for key in rows[0] if key.endswith(": class")], list(dict.fromkeys(r["seed"] for r in rows))
+
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
     parts = {"all": lambda image: True, "without leaks": lambda image: image not in leaking, "leaking only": leaking.__contains__}
     counts = {part: sum(row["seed"] == seeds[0] and keep(row["image"]) for row in rows) for part, keep in parts.items()}
-    yield f"macro F1 of {file}, {len(seeds)} seed{'s' * (len(seeds) > 1)}; " + ", ".join(f"{n} test images {part}" for part, n in counts.items())
-    for name in names:
-        cells = [mean_and_spread([f1(name, seed, keep) for seed in seeds]) for keep in parts.values()]
+    yield f"macro F1, {len(seeds)} seed{'s' * (len(seeds) > 1)}; test images: " + ", ".join(f"{n} {part}" for part, n in counts.items())
+    for name in (key[:-7] for key in rows[0] if key.endswith(": class")):
+        cells = {part: mean_and_spread([f1(name, seed, keep) for seed in seeds]) for part, keep in parts.items() if counts[part]}
         yield f"  {name:14}" + "   ".join(f"{part} {mean:.4f}" + (f" +- {spread:.4f}" if spread is not None else "")
-                                         for part, (mean, spread, _) in zip(parts, cells))
+                                         for part, (mean, spread, _) in cells.items())
 
 
 # %% showing
@@ -273,11 +282,10 @@ def contact_sheet(findings: Findings, most: int = 24, side: int = 190) -> Image.
         for k, i in enumerate((pair.a, pair.b)):
             row, left = findings.rows[i], x + k * (side + 8)
             image = load_image(findings.images.folder / row.path)
-            image.thumbnail((side, side))
-            sheet.paste(image, (left, y + 20))
-            for line, text in enumerate((f"{row.split}: {'|'.join(row.labels)}", row.path)):
-                while draw.textlength(text, font) > side:
-                    text = "…" + text[2:]
+            sheet.paste(ImageOps.contain(image, (side, side)), (left, y + 20))
+            for line, text in enumerate((f"{row.split}: {' | '.join(row.labels)}", row.path)):
+                while draw.textlength(text, font) > side:  # the part of the split stays, and the end of the path
+                    text = "…" + text[2:] if line else text[:-2] + "…"
                 draw.text((left, y + side + 24 + 17 * line), text, "black", font)
     return sheet
 
@@ -288,6 +296,7 @@ def contact_sheet(findings: Findings, most: int = 24, side: int = 190) -> Image.
 def run_audit(args: argparse.Namespace) -> None:
     """Look, tell, and write what was found."""
     images = open_images(args)
+    told = read_predictions(args.predictions, images) if args.predictions else []
     print("\n".join(describe(images)))
     findings = Findings(images, args.near, args.workers)
     facts, out = findings.facts(), args.out or Path("runs", f"audit-{args.data.resolve().name}")
@@ -300,7 +309,7 @@ def run_audit(args: argparse.Namespace) -> None:
         print(f"the worst pairs: {out / 'pairs.png'}")
     if args.predictions:
         leaking = {findings.rows[i].path for i in findings.leaks("test", {"train", "val"})}
-        print("\n".join(flattery(args.predictions, leaking, images.classes)))
+        print("\n".join(flattery(told, leaking, images.classes)))
     if args.write_split:
         leaking = {findings.rows[i].path for i in findings.leaks("test", {"train", "val"}, args.write_split == "near")}
         rows = [row for row in findings.rows if row.path not in leaking]
@@ -320,8 +329,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--write-split", nargs="?", const="exact", choices=("exact", "near"), help="write split.csv without the test "
         "images of which training or validation has equal pixels (exact, if nothing is said) or near duplicates (near)")
     add("--predictions", type=Path, metavar="FILE", help="score a predictions.csv with and without the leaking test images")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode (default: one for each core)")
-    with clear_exit(DataError, OSError):
+    add("--workers", type=positive(int), default=os.cpu_count() or 1, help="threads that decode (default: one for each core)")
+    with clear_exit(DataError):
         run_audit(parser.parse_args(argv))
 
 

@@ -28,10 +28,12 @@ def read_curves(run: Path) -> dict[str, dict[str, tuple[list[int], list[float]]]
     """{timm name: {quantity: (epochs, values)}} of one run, from its `config.json` and `log.jsonl`."""
     try:
         arms = json.loads((run / "config.json").read_text(encoding="utf-8"))["arms"]
-        rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        text = (run / "log.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a last half line belongs to a run that goes on
     except (OSError, ValueError, KeyError):
         raise UserError(f"{run} is no run folder of cass.py or dino.py with a log") from None
-    return {arch: {gauge: tuple(map(list, zip(*[(row["epoch"], row[f"{arm}_{gauge}"]) for row in rows
+    alike = len(set(arms.values())) < len(arms)  # two arms of one kind need two columns
+    return {f"{arch} ({arm})" if alike else arch: {gauge: tuple(map(list, zip(*[(row["epoch"], row[f"{arm}_{gauge}"]) for row in rows
                                                 if row.get(f"{arm}_{gauge}") is not None]))) or ([], [])
                    for gauge in MEANING} for arm, arch in arms.items()}
 
@@ -60,9 +62,14 @@ def main(argv: list[str] | None = None) -> None:
         help="what to draw (default: cosine knn linear)")
     add("--out", type=Path, default=Path("curves.png"), help="PNG file (default: %(default)s)")
     args = parser.parse_args(argv)
-    with clear_exit(OSError):
+    with clear_exit():
         if len(args.runs) > len(LINES):
             raise UserError(f"{len(args.runs)} runs are more than the {len(LINES)} that can be told apart")
+        if len({run.resolve().name for run in args.runs}) < len(args.runs):
+            raise UserError("two of the runs lie in folders of the same name; rename one of them")
+        if args.out.suffix.lower() != ".png":
+            raise UserError(f"--out {args.out} must end in .png")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         draw_runs({run.resolve().name: read_curves(run) for run in args.runs}, args.gauges).save(args.out)
         print(f"wrote {args.out}")
 

@@ -8,7 +8,6 @@ small networks from random weights at 96 pixels. The images are synthetic and th
 its numbers as a rehearsal, not as a result.
 """
 
-import argparse
 import json
 import shlex
 import time
@@ -19,6 +18,7 @@ import data
 import dino
 import finetune
 from extras import curves, maps, sample
+from runtime import Options
 
 CNN, TRANSFORMER = "resnet10t", "test_vit"
 
@@ -80,11 +80,12 @@ def summary(tuned: dict[tuple[str, str], Path]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m extras.demo", allow_abbrev=False,
-                                     description="The whole story on synthetic images, small.")
+    parser = Options("python -m extras.demo", "The whole story on synthetic images, small.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where to (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer epochs, full labels only: under 3 minutes")
     args = parser.parse_args(argv)
+    if any(letter.isspace() for letter in str(args.out)):
+        parser.error(f"--out {args.out} has a blank in it, which the commands shown could not be typed with")
     begun = time.perf_counter()
     tell_story(args.out, args.quick)
     print(f"\nThe demo took {(time.perf_counter() - begun) / 60:.1f} minutes; everything is in {args.out}.")

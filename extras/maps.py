@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from data import (DataError, ImageRows, Row, augmentation, label_fraction, load_image, make_loader, read_images,
                   read_split)
 from extras.pictures import draw_bar, draw_layers, draw_maps, draw_matrix, draw_page
 from finetune import find_networks
 from metrics import MinibatchCKA
-from runtime import UserError, build_model, clear_exit, load_network, pick_device, positive, read_network
+from runtime import Options, UserError, build_model, clear_exit, load_network, pick_device, positive, read_network
 
 # %% arrays
 
@@ -118,13 +119,17 @@ def cka_matrix(cnn: nn.Module, transformer: nn.Module, loader: Iterable) -> np.n
     for batch in loader:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         found = [watch(arm, images, wanted, small_copy) for arm, wanted in zip((cnn, transformer), layers)]
+        if missing := [name for features, wanted in zip(found, layers) for name in wanted if name not in features]:
+            raise UserError(f"layer {missing[0]} gives several outputs, or none, which CKA can't compare; take other networks")
         cka.add(*([features[name] for name in wanted] for features, wanted in zip(found, layers)))
     return cka.matrix().numpy()
 
 
-def small_copy(name: str, features: Tensor) -> Tensor:
+def small_copy(name: str, features: Any) -> Tensor | None:
     """`(N, ...)` -> `(N, N)` with the same inner products, all that CKA asks for, so that the layers of both arms fit
     in memory together: with X' = QR, X X' = R' R."""
+    if not isinstance(features, Tensor):  # some layers give several tensors: those are left out
+        return None
     return torch.linalg.qr(features.flatten(1).float().cpu().T, mode="r").R.T
 
 
@@ -148,6 +153,7 @@ def start_of(file: Path, run: Path, role: str) -> Network:
     while source := read("config.json")["options"].get("weights"):
         file = Path(source, file.name) if Path(source).is_dir() else Path(source)
     saved, options = read_network(file), read("config.json")["options"]
+    options["init"] = options["init"].split(",")[-1 if file.stem == "transformer" else 0]  # one for both arms, or one each
     seed = read("result.json")["kept_seed"] if (file.parent / "result.json").is_file() else options["seed"]
     arch, outputs, size, init = saved["arch"], saved["num_classes"], saved["image_size"], options["init"]
     text, key = (f"random, seed {seed}", (seed, outputs)) if init == "random" else (init, ())
@@ -163,7 +169,6 @@ def find_columns(runs: list[Path]) -> list[Network]:
             saved = read_network(file)
             few = sum(weights.ndim == 4 for weights in saved["state_dict"].values()) < 2  # a CNN has more
             role = "transformer" if few or "cls_token" in saved["state_dict"] else "cnn"
-            role = name if run.is_dir() and name in ("cnn", "transformer") else role
             try:
                 found.append(start_of(file, run, role))
             except (UserError, OSError, ValueError, KeyError) as error:
@@ -219,6 +224,9 @@ def draw_cka(nets: list[Network], folder: Path, rows: list[Row], what: str, batc
             picture, note = Image.new("RGB", (1, 1), "white"), "the start weights are not at hand"
             if len(pair) == 2:
                 names, arms = [n.caption.replace("\n", ", ") for n in pair], [n.model for n in pair]
+                for n in pair:  # the batch-norm statistics of random weights are unset
+                    if not n.trained and "(random" in n.caption:
+                        update_bn(batches(folder, rows, n.model.image_size, batch_size), n.model, next(n.model.parameters()).device)
                 matrix = cka_matrix(*arms, batches(folder, rows, arms[0].image_size, batch_size, whole=True))
                 found[" and ".join(names)], note = matrix, "rows: {}\ncolumns: {}".format(*names)
                 picture = draw_matrix(matrix, *map(list, map(cka_layers, arms)))
@@ -226,13 +234,13 @@ def draw_cka(nets: list[Network], folder: Path, rows: list[Row], what: str, batc
             notes.append(note)
     lines[0][1].append(draw_bar(0, 1, 240, "linear CKA"))
     text = ("1: the two layers tell images apart in the same way, up to rotation and scale; 0: in unrelated ways.\n"
-            f"{what}, in whole batches of {batch_size}.")
+            f"{what}: {len(rows) // batch_size} whole batches of {batch_size}.")
     return draw_page("Linear CKA between the layers of two arms", text, [], ["before", "after training"], lines), found
 
 
 def map_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m extras.maps", allow_abbrev=False, description="Draw feature maps, "
-                                     "class attention and CKA of trained networks, beside their start weights.")
+    parser = Options("python -m extras.maps", "Draw feature maps, class attention and CKA of trained networks, beside "
+                     "their start weights.")
     add = parser.add_argument
     add("--weights", type=Path, action="append", required=True, metavar="RUN|FILE",
         help="a run folder, or one file of weights in it; give it several times to see them side by side")

@@ -3,6 +3,7 @@
 It knows nothing of networks; `extras/maps.py` says what to draw.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -63,7 +64,10 @@ def words(text: str, width: int, size: int = 15) -> Image.Image:
     if not text:
         return Image.new("RGB", (1, 1), "white")
     lines = [""]
-    for piece in re.findall(r"\n|[^\s_.-]*[ _.-]?", text):  # a name may be broken after these
+    pieces = re.findall(r"\n|[^\s_.-]*[ _.-]?", text)  # a name may be broken after these
+    most = max(1, int(width / font.getlength("m")))
+    for piece in (part for p in pieces for part in ([p] if font.getlength(p) <= width else  # or anywhere, if it must
+                                                    [p[i:i + most] for i in range(0, len(p), most)])):
         if piece == "\n":
             lines.append("")
         elif lines[-1] and font.getlength(lines[-1] + piece.rstrip()) > width:
@@ -109,7 +113,8 @@ def draw_bar(low: float, high: float, height: int, text: str) -> Image.Image:
     top, bottom = words(text, 90, 13).height + 8, height - 8
     page.paste(paint(np.linspace(1, 0, 256)[:, None], 0, 1, (20, bottom - top)), (0, top))
     for share in np.linspace(0, 1, 5):
-        number, y = f"{low + share * (high - low):.3g}", bottom - share * (bottom - top)
+        digits = max(0, 1 - math.floor(math.log10((high - low) or 1)))
+        number, y = f"{low + share * (high - low):.{digits}f}", bottom - share * (bottom - top)
         ImageDraw.Draw(page).text((26, y), number, "black", ImageFont.load_default(13), "lm")
     return page
 

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import (PART_NAMES, PARTS, DataError, Row, describe, distinct_classes, find_images, read_images, read_table,
+from data import (ENDINGS, PART_NAMES, PARTS, DataError, Row, describe, distinct_classes, find_images, read_images, read_table,
                   split_images)
 from runtime import Options, clear_exit
 
@@ -57,6 +57,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self.folder, self.paths = folder, {row.path for row in find_images(folder).rows}
         self.named: dict[str, list[str]] = {}
+        self.guessed: dict[str, str] = {}  # names in folders that share none with the file they were taken to mean
         for path in sorted(self.paths):
             name = _plain(path).split("/")[-1]
             for key in {name, name.rsplit(".", 1)[0]}:  # with its ending, and without
@@ -72,6 +73,8 @@ class Files:
         best = sorted(shared, key=shared.get, reverse=True)[:2]  # stable: equal ones in the order of their paths
         if len(best) == 2 and shared[best[0]] == shared[best[1]]:
             raise DataError(f"{name} may mean {best[0]} or {best[1]}; write the path")
+        if best and len(parts) > 1 and not shared[best[0]]:
+            self.guessed[name] = best[0]
         return best[0] if best else None
 
 
@@ -93,8 +96,10 @@ def choose_columns(file: Path, header: list[str], lines: list[tuple[int, dict[st
     """The columns of image, label, group and split, by their names and cells; if there is none with the label, the 0/1
     columns of the classes; and sentences that say so. Raises `DataError`."""
     values = {name: {line[name] for _, line in lines} for name in header}
-    image = _column(header, IMAGE, options.image_column) or next(  # of any name, if it names images
-        (name for name in header if any(map(files.find, sorted(values[name])[:9]))), None)
+    full = [name for name in header if all(v.lower().endswith(ENDINGS) for v in values[name])]  # file names, endings and all
+    image = options.image_column and _column(header, IMAGE, options.image_column) or _column(full, IMAGE) or (
+        full[0] if full else _column(header, IMAGE)) or next(  # of any name, if it names images
+            (name for name in header if any(map(files.find, sorted(values[name])[:9]))), None)
     if image is None:
         raise DataError(f"no column of {file} names images in {files.folder}; it has {', '.join(header)}; choose one "
                         "with --image-column")
@@ -146,6 +151,9 @@ def read_any_table(folder: Path, file: Path, options: argparse.Namespace) -> Tab
     several = any(len(row.labels) > 1 for row in rows.values())  # then an empty cell means none of them
     if label and not several and (bare := [row.path for row in rows.values() if not row.labels]):
         raise DataError(f"{file} line {numbers[bare[0]]} has no label for {bare[0]}")
+    if files.guessed:
+        name, path = next(iter(files.guessed.items()))
+        notes.append(f"{len(files.guessed)} names share no folder with the file taken for them, such as {name}: {path}")
     notes += [f"left out {len(missing)} images that are not there"] * bool(missing)
     if unnamed := len(files.paths) - len(rows):
         notes.append(f"{unnamed} images in {folder} are in no line of {file.name}, and not used")
@@ -161,7 +169,8 @@ def read_isic(folder: Path, file: Path, options: argparse.Namespace) -> Table:
     header, lines = read_table(facts)
     image, lesion = (_column(header, (), name) for name in ("image", "lesion_id"))
     lesions = {line[image]: line[lesion] for _, line in lines}
-    table.notes.append(f"groups from 'lesion_id' of {facts.name}")
+    known = sum(bool(lesions.get(Path(row.path).stem)) for row in table.rows)
+    table.notes.append(f"groups from 'lesion_id' of {facts.name}, which names those of {known} of {len(table.rows)} images")
     return table._replace(rows=[Row(r.path, r.labels, lesions.get(Path(r.path).stem, "")) for r in table.rows])
 
 
@@ -184,8 +193,8 @@ def _read_npy(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], Ite
     handle = archive.open(f"{name}.npy")
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, fortran, dtype = read_header[np.lib.format.read_magic(handle)](handle)
-    if fortran and len(shape) > 1 or dtype.kind not in "uib":  # objects would have to be unpickled: never
-        raise ValueError(f"{name} is no plain array of whole numbers")
+    if fortran and len(shape) > 1 or dtype.kind not in "uib" or name.endswith("_images") and dtype != np.uint8:  # objects would have to be unpickled: never
+        raise ValueError(f"{name} is no plain array of whole numbers" + " from 0 to 255" * name.endswith("_images"))
     size = int(np.prod(shape[1:])) * dtype.itemsize
     return shape, (np.frombuffer(handle.read(size), dtype).reshape(shape[1:]) for _ in range(shape[0]))
 
@@ -203,12 +212,18 @@ def _unpack(archive: zipfile.ZipFile, out: Path) -> Table:
     parts = [part for part in PARTS if f"{part}_images.npy" in archive.namelist()]
     if not parts:
         raise ValueError("it holds no train_images, val_images or test_images")
+    if damaged := archive.testzip():  # before anything is written
+        raise ValueError(f"{damaged} in it is damaged")
     rows, names = [], None
+    if min(int(label.min()) for part in parts for label in _read_npy(archive, f"{part}_labels")[1]) < 0:
+        raise ValueError("it has labels below 0")
     top = max(int(label.max()) for part in parts for label in _read_npy(archive, f"{part}_labels")[1])
     for part in parts:
         (shape, images), (wide, labels) = (_read_npy(archive, f"{part}_{what}") for what in ("images", "labels"))
         if len(shape) not in (3, 4) or len(shape) == 4 and shape[3] != 3 or len(wide) not in (1, 2):
             raise ValueError(f"its {part} part has arrays {' x '.join(map(str, shape[1:]))}, not flat images")
+        if shape[0] != wide[0]:
+            raise ValueError(f"its {part} part has {shape[0]} images and {wide[0]} labels")
         several = len(wide) == 2 and wide[1] > 1  # ChestMNIST: one 0/1 for each class
         count = wide[1] if several else top + 1
         numbers = [f"{i:0{len(str(count - 1))}d}" for i in range(count)]  # equally long, so that they sort well
@@ -227,6 +242,10 @@ def _unpack(archive: zipfile.ZipFile, out: Path) -> Table:
 
 def write_labels(folder: Path, table: Table) -> Path:
     """Write labels.csv: groups where one has several images (an image without any is one of its own), parts if known."""
+    if table.classes and len(table.classes) == 1:  # a lone 0/1 column would be read as labels called 0 and 1
+        if bare := [row.path for row in table.rows if not row.labels]:
+            raise DataError(f"{table.classes[0]} is the only class in use, and {bare[0]} has none; nothing can be told apart")
+        table = table._replace(classes=None)
     grouped = max(Counter(row.group for row in table.rows if row.group).values(), default=0) > 1
     parted, several = bool(table.rows[0].split), any(len(row.labels) > 1 for row in table.rows)
     aside, file = folder / "labels.csv.tmp", folder / "labels.csv"
@@ -243,6 +262,8 @@ def write_labels(folder: Path, table: Table) -> Path:
 
 def guess_kind(folder: Path, table: Path | None) -> tuple[str, Path | None, str]:
     """The kind of data set, the file that tells its labels, and by what it was known. Raises `DataError`."""
+    if table and table.name == ISIC:
+        return "isic2019", table, table.name
     if table or folder.is_file() and folder.suffix.lower() == ".npz":
         return "csv" if table else "medmnist", table or folder, (table or folder).name
     if not folder.is_dir():
@@ -262,7 +283,8 @@ def guess_kind(folder: Path, table: Path | None) -> tuple[str, Path | None, str]
 
 def run_prepare(args: argparse.Namespace) -> None:
     """Guess, read, write labels.csv, and show how it is read."""
-    kind, file, why = guess_kind(args.data, args.table)
+    plain = args.kind in ("dermofit", "folders")  # these need no table
+    kind, file, why = (args.kind, None, "") if plain else guess_kind(args.data, args.table)
     print(f"kind: {args.kind}" if args.kind else f"kind: {kind} (there is {why})")
     kind = args.kind or kind
     if kind not in ("dermofit", "folders") and file is None:
@@ -284,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Options("python -m extras.prepare", "Write a labels.csv for a data set that has another form.")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of the data set, or a MedMNIST file NAME.npz")
-    add("--kind", choices=("isic2019", "dermofit", "csv", "medmnist"), help="form of the data set (default: guessed)")
+    add("--kind", choices=("isic2019", "dermofit", "csv", "medmnist", "folders"), help="form of the data set (default: guessed)")
     add("--table", type=Path, metavar="FILE", help="the CSV with the labels, where there are several")
     for what, known in (("image", IMAGE), ("label", LABEL), ("group", GROUP)):
         add(f"--{what}-column", metavar="NAME", help=f"column of the table (default: the first of {', '.join(known)})")
@@ -292,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--skip-missing", action="store_true", help="leave out, and count, lines whose image is not there")
     add("--out", type=Path, help="folder for the images of a MedMNIST file (default: NAME beside it)")
     add("--overwrite", action="store_true", help="write labels.csv though there is one")
-    with clear_exit(DataError, OSError):
+    with clear_exit(DataError):
         run_prepare(parser.parse_args(argv))
 
 

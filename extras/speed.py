@@ -31,7 +31,8 @@ from torchvision import transforms as v1
 import cass
 import dino
 from data import MEAN, STD, ImageCache, ImageRows, add_data_options, augmentation, make_loader, open_images
-from runtime import Options, UserError, add_run_options, build_model, clear_exit, pick_device, pick_precision, pick_workers
+from runtime import (Options, UserError, add_run_options, build_model, clear_exit, pick_device, pick_precision, pick_workers,
+                     positive)
 
 FLOOR = 3 / 8  # forward units an image and arm: CASS 1 + 2 backward; DINO (2 student views) * 3 + 2 teacher views
 PAPER = 0.31  # Table 1: "69 % less time"
@@ -156,18 +157,19 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], int]
     rows = images.part("train")
     if len(rows) < args.batch_size:
         raise UserError(f"{args.data} has {len(rows)} training images, fewer than a batch of {args.batch_size}")
-    runs = contestants(args, device)
+    runs, cache = contestants(args, device), args.cache and ImageCache(images, args.image_size, args.cache)
     found: dict[str, dict] = {name: {"step": [], "wait": [], "update": 0.0, "memory": 0.0} for name in runs}
     for turn in range(args.rounds + 1):
         for name, (views, train) in runs.items():
             transform = dino.DinoViews(args.image_size) if views else augmentation(args.image_size)
-            loader = make_loader(ImageRows(images.folder, rows, transform, args.seed), args.batch_size,
+            loader = make_loader(ImageRows(images.folder, rows, transform, args.seed, cache=cache), args.batch_size,
                                  seed=args.seed + turn, drop_last=True, workers=pick_workers(args.workers, device))
             timed = TimedLoader(loader, min(args.steps + args.warm_up, len(loader)), device)
+            warm_up = min(args.warm_up, timed.steps - 1)  # of a small set one step is timed at least
             before = reset_memory(device)
             if turn < args.rounds:
                 train(timed)
-                whole, wait = timed.seconds(args.warm_up)
+                whole, wait = timed.seconds(warm_up)
                 found[name]["step"] += whole
                 found[name]["wait"] += wait
                 found[name]["memory"] = max(found[name]["memory"], peak_memory(device) - before)
@@ -271,9 +273,9 @@ def speed_options() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cnn", default="resnet50.a1_in1k", help="first arm (paper: %(default)s)")
     add("--transformer", default="vit_base_patch16_384.augreg_in21k_ft_in1k", help="second arm (paper: %(default)s)")
-    add("--steps", type=int, default=10, help="steps timed in a round (default: %(default)s)")
+    add("--steps", type=positive(int), default=10, help="steps timed in a round (default: %(default)s)")
     add("--warm-up", type=int, default=3, help="steps before them, left out (default: %(default)s)")
-    add("--rounds", type=int, default=3, help="rounds of all contestants (default: %(default)s)")
+    add("--rounds", type=positive(int), default=3, help="rounds of all contestants (default: %(default)s)")
     add("--cass-only", action="store_true", help="time CASS alone")
     add("--loading", action="store_true", help="time the loading of --steps batches of images, and no training")
     return parser

@@ -17,6 +17,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import cass
 import dino
@@ -25,7 +26,7 @@ from data import DataError, ImageSet, Row, open_images
 from extras import audit, speed
 from extras.paper import R50, SIZES, SMALL, TABLES, TIMED, VIT
 from metrics import gain, mean_and_spread
-from runtime import Options, UserError, clear_exit, pick_device, write_text
+from runtime import Options, UserError, clear_exit, positive, write_text
 
 # %% the runs behind a table
 
@@ -33,7 +34,7 @@ from runtime import Options, UserError, clear_exit, pick_device, write_text
 def options_of(row: dict, args: argparse.Namespace) -> dict:
     """The options of a row's pretraining: those of the size, changed by the row's own. A row's
     `epochs` is a multiple of the size's, so that 50, 100, 200 and 300 keep their ratio when small."""
-    size, own = SIZES[args.size], dict(row.get("options", {}))
+    size, own = SIZES[args.size] | ({"init": args.init} if args.init else {}), dict(row.get("options", {}))
     options = {key: size[key] for key in ("cnn", "transformer", "image_size", "init", "epochs")} | own
     options["epochs"] = max(1, round(size["epochs"] * own.get("epochs", 1)))
     if args.epochs:
@@ -57,29 +58,46 @@ def jobs_of(row: dict, seed: int, args: argparse.Namespace) -> list[tuple]:
     changed = {k: v for k, v in o.items() if k not in ("cnn", "transformer", "image_size")}
     name = "-".join([o["cnn"], o["transformer"], *(f"{k.replace('_', '')}{v}" for k, v in sorted(changed.items()))])
     here = base / f"seed{seed}" / f"{row['method'].lower()}-{name}"
-    tune = {k: v for k, v in common.items() if row["method"] == "supervised" or k != "init"} | {"labels": labels, "epochs": SIZES[args.size]["tuning"], "schedule": args.schedule}
-    arms = ("cnn", "transformer") if row["arm"] == "best" or row["method"] == "CASS" else (row["arm"],)
+    tune = {k: v for k, v in common.items() if row["method"] == "supervised" or k != "init"} | {
+        "labels": labels, "epochs": SIZES[args.size]["tuning"], "schedule": args.schedule}
     if row["method"] == "CASS":
         pretraining = common | o
         return [(cass, pretraining, here),
                 (finetune, tune | {"weights": here}, base / f"seed{seed}" / f"{here.name}-tuned-{labels:g}")]
-    found = []
-    for arm in arms:
-        arch, folder = o[arm], base / f"seed{seed}" / f"{row['method'].lower()}-{o[arm]}-init{o['init']}"
-        if row["method"] == "DINO":
-            folder = folder.with_name(f"{folder.name}-epochs{o['epochs']}")
-            head = {"out_dim": SIZES[args.size]["out_dim"]} if "out_dim" in SIZES[args.size] else {}
-            found.append((dino, common | {"arch": arch, "epochs": o["epochs"]} | head, folder))
-            found.append((finetune, tune | {"weights": folder}, folder.with_name(f"{folder.name}-tuned-{labels:g}")))
-        else:
-            found.append((finetune, tune | {"arch": arch}, folder.with_name(f"{folder.name}-{labels:g}")))
-    return found
+    arch, folder = o[row["arm"]], base / f"seed{seed}" / f"{row['method'].lower()}-{o[row['arm']]}-init{o['init']}"
+    if row["method"] == "supervised":
+        return [(finetune, tune | {"arch": arch}, folder.with_name(f"{folder.name}-{labels:g}"))]
+    folder = folder.with_name(f"{folder.name}-epochs{o['epochs']}")
+    head = {"out_dim": SIZES[args.size]["out_dim"]} if "out_dim" in SIZES[args.size] else {}
+    return [(dino, common | {"arch": arch, "epochs": o["epochs"]} | head, folder),
+            (finetune, tune | {"weights": folder}, folder.with_name(f"{folder.name}-tuned-{labels:g}"))]
+
+
+def finished(folder: Path) -> dict | None:
+    """The options that the finished run in `folder` had, or None."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["options"] if config["finished"] else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def arms_of(row: dict) -> tuple[str, ...]:
+    return ("cnn", "transformer") if row["arm"] == "best" else (row["arm"],)
 
 
 def make(module, options: dict, folder: Path, shared: list[str]) -> str:
-    """Make one run unless it is finished; returns "" or the sentence with which it failed."""
-    config = folder / "config.json"
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8"))["finished"]:
+    """Make one run unless it is finished; returns "" or the sentence with which it failed. A finished one that was made
+    with other options is not passed off as this one."""
+    if (had := finished(folder)) is not None:
+        for name, value in options.items():
+            before = had.get(name)
+            same = (before and Path(before).resolve() == value.resolve() if isinstance(value, Path) else
+                    float(before) == value if isinstance(value, (int, float)) else str(before) == str(value))
+            if not same:
+                return f"{folder} was made with --{name.replace('_', '-')} {before}, not {value}; choose another --out"
+        if "split_file" not in options and had.get("split_file") and Path(had["split_file"]).parent != options.get("weights"):
+            return f"{folder} was made with --split-file {had['split_file']}; choose another --out"
         return ""
     arguments = [x for key, value in options.items() for x in (f"--{key.replace('_', '-')}", str(value))]
     arguments += [*shared, "--out", str(folder), "--resume"]
@@ -90,6 +108,7 @@ def make(module, options: dict, folder: Path, shared: list[str]) -> str:
             module.main(arguments)
     except SystemExit as end:
         if end.code == 130:  # Ctrl-C ends the sweep, too
+            print("stopped; the same command goes on where it was", file=sys.stderr)
             raise
         return errors.getvalue().strip().splitlines()[-1].removeprefix("error: ") if end.code else ""
     except Exception as error:  # out of memory, say: the sweep goes on with the next run
@@ -100,24 +119,24 @@ def make(module, options: dict, folder: Path, shared: list[str]) -> str:
 # %% the numbers of a table
 
 
-def scores_of(row: dict, seed: int, args: argparse.Namespace, metric: tuple[str, str]) -> dict[str, float]:
-    """A row's scores with one seed, read from result.json and log.jsonl: {column: value}."""
-    found: dict[str, float] = {}
+def scores_of(row: dict, seed: int, args: argparse.Namespace, metric: str) -> dict:
+    """A row's scores with one seed, read from result.json, split.csv and log.jsonl: {column: value}."""
+    found: dict[str, Any] = {}
     for module, _, folder in jobs_of(row, seed, args):
         if module is not finetune:
-            lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            last, arm = json.loads(lines[-1]), "backbone" if module is dino else row["arm"]
-            found |= {gauge: last[f"{arm}_{gauge}"] for gauge in ("cosine", "rank") if f"{arm}_{gauge}" in last}
+            lines = list(map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()))
+            arm = "backbone" if module is dino else row["arm"]
+            found |= {gauge: lines[-1].get(f"{arm}_{gauge}") for gauge in ("cosine", "rank")}
+            images = sum(line.split(",")[1] == "train" for line in (folder / "split.csv").read_text(encoding="utf-8").splitlines())
+            found["hours"] = sum(images / line["images_per_second"] / 3600 for line in lines if "images_per_second" in line)
             continue
-        one = json.loads((folder / "result.json").read_text(encoding="utf-8"))["seeds"][0]
-        names = list(one["arms"])
-        wanted = [row["arm"]] if row["arm"] in names else [n for n in names if n != "ensemble"]
-        for name in wanted:
-            test = one["arms"][name]["test"]
-            value = {"headline": test["headline"], "metric": test[metric[0]][metric[1]], "images": test["n"]}
-            if value["headline"] > found.get("headline", -1):
-                found |= value
-        if "ensemble" in names:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        one = result["seeds"][0]
+        test = one["arms"][row["arm"] if row["arm"] in one["arms"] else next(iter(one["arms"]))]["test"]
+        rule = "threshold_0.5" if metric == "f1_pooled" or "argmax" not in test else "argmax"
+        found |= {"headline": test["headline"], "metric": test[rule][metric], "images": test["n"],
+                  "headline_name": result["headline"]}
+        if "ensemble" in one["arms"]:
             found |= {"ensemble": one["arms"]["ensemble"]["test"]["headline"],
                       "chosen": one["arms"][one["chosen"]]["test"]["headline"]}
     return found
@@ -133,49 +152,70 @@ def count_leaks(images: ImageSet) -> int:
     return sum(digest(row) in seen for row in images.part("test"))
 
 
-COLUMNS = ("headline", "metric", "chosen", "ensemble", "cosine", "rank")
+COLUMNS = ("headline", "metric", "chosen", "ensemble", "cosine", "rank", "hours")
 
 
-def fill(row: dict, args: argparse.Namespace, shared: list[str], metric: tuple[str, str]) -> dict:
-    """Make what a row needs, seed by seed; the row with (mean, spread, n) a column, its `seeds`, or its failure."""
+def fill(row: dict, args: argparse.Namespace, shared: list[str], metric: str, made: dict[Path, str]) -> dict:
+    """Make what a row needs, seed by seed; the row with (mean, spread, n) a column, its `seeds`, or its failure. `made`
+    remembers what was tried. A `best` row is the arm with the better mean."""
+    if row["arm"] == "best":
+        arms = [fill(row | {"arm": arm}, args, shared, metric, made) for arm in ("cnn", "transformer")]
+        better = max(arms, key=lambda one: one["values"].get("headline", (-1,))[0])
+        words = filter(None, (row.get("name"), better["values"] and f"the {better['arm']}"))
+        return better | {"arm": "best", "name": ", ".join(words)}
     seeds, failed = {}, ""
     for seed in range(args.seeds):
-        reasons = [make(*job, shared) for job in jobs_of(row, seed, args)]
-        failed = next(filter(None, reasons), "") or failed
-        if not any(reasons):
+        for job in jobs_of(row, seed, args):
+            if job[2] not in made:
+                made[job[2]] = make(*job, shared)
+            if made[job[2]]:
+                failed = made[job[2]]
+                break
+        else:
             seeds[seed] = scores_of(row, seed, args, metric)
     each = list(seeds.values())
     values = {c: mean_and_spread([s[c] for s in each]) for c in COLUMNS if each and all(s.get(c) is not None for s in each)}
-    return row | {"values": values, "failed": failed, "images": each[0]["images"] if each else None, "seeds": seeds}
+    return row | {"values": values, "failed": failed, "seeds": seeds}
 
 
-def cell(value: tuple | None) -> str:
+def cell(value: tuple | None, form: str = ".4f") -> str:
     if value is None:
         return ""
-    mean, spread = value[0], value[1]
-    return f"{mean:.4f}" + (f" ± {spread:.2g}" if spread is not None else "")
+    return f"{value[0]:{form}}" + (f" ± {value[1]:{'.2g' if form else ''}}" if value[1] is not None else "")
+
+
+def head_lines(name: str, args: argparse.Namespace) -> list[str]:
+    """The title of a table, and how it departs from the paper's set-up."""
+    size = SIZES[args.size]
+    lines = [f"### {name}: {TABLES[name]['title']} ({TABLES[name]['data']})", ""]
+    departs = []
+    if args.size == "small":
+        departs += [f"{SMALL[R50]} and {SMALL[VIT]} (and small stand-ins for other networks) at {size['image_size']} pixels"
+                    if name != "T1" else f"{' and '.join(TIMED['small'])} at {size['image_size']} pixels"]
+    if (args.init or size["init"]) != "imagenet":
+        departs.append(f"start weights: {args.init or size['init']}")
+    if name != "T1" and (args.epochs or size["epochs"]) != 100:
+        departs.append(f"{args.epochs or size['epochs']} epochs of pretraining for the paper's 100")
+    if "out_dim" in size and name != "T1":
+        departs.append(f"DINO's head with {size['out_dim']:,} outputs for 65,336")
+    lines += [TABLES[name]["note"], ""] if "note" in TABLES[name] else []
+    return lines + ([f"**{args.size.capitalize()}: not the paper's set-up.** {'; '.join(departs)}.", ""] if departs else [])
 
 
 def table_lines(name: str, rows: list[dict], args: argparse.Namespace, leaks: int, metric_name: str) -> list[str]:
     """A finished table in Markdown."""
-    size = SIZES[args.size]
-    images = next((row["images"] for row in rows if row["images"]), 0)
-    lines = [f"### {name}: {TABLES[name]['title']} ({TABLES[name]['data']})", ""]
-    if args.size == "small":
-        lines += [f"**Small: not the paper's set-up.** {SMALL[R50]} and {SMALL[VIT]} (and small stand-ins for other "
-                  f"networks) at {size['image_size']} pixels from random weights, {args.epochs or size['epochs']} epochs "
-                  f"of pretraining for the paper's 100, DINO's head with {size['out_dim']:,} outputs for 65,336.", ""]
-    lines += [f"Data: {args.data.name}; {images} test images, of which {leaks} also stand in training; {args.seeds} "
-              f"seeds; schedule of fine-tuning: {args.schedule}. \"{metric_name}\" is what the paper's figure is nearest to.", "",
-              f"| method | arm | labels | macro F1 (argmax) | {metric_name} | paper | chosen arm | ensemble | "
-              "cosine | rank | remark |", "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|"]
+    some = next((one for row in rows for one in row["seeds"].values()), {"images": 0, "headline_name": "score"})
+    lines = head_lines(name, args) + [
+        f"Data: {args.data.resolve().name}; {some['images']} test images, of which {leaks} also stand in training or validation; "
+        f"{args.seeds} seeds; schedule of fine-tuning: {args.schedule}. \"{metric_name}\" is what the paper's figure is nearest "
+        "to; cosine and rank are the gauges at the end of pretraining; hours are those of pretraining.", "",
+        f"| method | arm | labels | {some['headline_name']} | {metric_name} | paper | chosen arm | ensemble | cosine | rank | "
+        "hours | remark |", "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|"]
     for row in rows:
-        v = row["values"]
+        v, remark = row["values"], "; ".join(filter(None, (row.get("name"), row["failed"] and "failed: " + row["failed"])))
         lines.append(f"| {row['method']} | {row['arm']} | {row['labels']:.0%} | {cell(v.get('headline'))} | "
-                     f"{cell(v.get('metric'))} | {cell(row['paper'])} | {cell(v.get('chosen'))} | "
-                     f"{cell(v.get('ensemble'))} | {cell(v.get('cosine'))} | {cell(v.get('rank'))} | "
-                     f"{row.get('name', '')}{'; ' if row['failed'] and row.get('name') else ''}"
-                     f"{'failed: ' + row['failed'] if row['failed'] else ''} |")
+                     f"{cell(v.get('metric'))} | {cell(row['paper'], '')} | {cell(v.get('chosen'))} | {cell(v.get('ensemble'))} | "
+                     f"{cell(v.get('cosine'), '.3f')} | {cell(v.get('rank'), '.1f')} | {cell(v.get('hours'), '.2g')} | {remark} |")
     return lines + gain_lines(rows) + paired_lines(rows)
 
 
@@ -221,31 +261,40 @@ def paired_lines(rows: list[dict]) -> list[str]:
     return head + lines if lines else []
 
 
-def write_table(name: str, rows: list[dict], lines: list[str], folder: Path) -> None:
-    """The table as NAME.md and NAME.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{name}.md", "\n".join(lines) + "\n")
+def write_table(name: str, rows: list[dict], lines: list[str], args: argparse.Namespace, leaks: int | None) -> Path:
+    """The table as NAME.md and NAME.csv, in the folder of its data set and size."""
+    file = args.out / f"{args.data.resolve().name}-{args.size}" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file.with_suffix(".md"), "\n".join(lines) + "\n")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["method", "arm", "labels", "name", *(f"{c}_{k}" for c in COLUMNS for k in ("mean", "sd", "n")),
-                    "paper_mean", "paper_sd", "failed"])
+    if rows:
+        table.writerow(["method", "arm", "labels", "name", *(f"{c}_{k}" for c in COLUMNS for k in ("mean", "sd", "n")),
+                        "paper_mean", "paper_sd", "test_images", "test_images_leaking", "size", "failed"])
+    else:  # Table 1: the cells of its Markdown
+        table.writerows([cell.strip() for cell in line.strip("|").split("|")] for line in lines
+                        if line.startswith("|") and not line.startswith("|---"))
     for row in rows:
+        images = next((one["images"] for one in row["seeds"].values()), "")
         table.writerow([row["method"], row["arm"], row["labels"], row.get("name", ""),
                         *(x for c in COLUMNS for x in row["values"].get(c, ("", "", ""))),
-                        *(row["paper"] or ("", "")), row["failed"]])
-    write_text(folder / f"{name}.csv", text.getvalue())
+                        *(row["paper"] or ("", "")), images, leaks, args.size, row["failed"]])
+    write_text(file.with_suffix(".csv"), text.getvalue())
+    return file
 
 
 # %% the command
 
 
-def list_tables() -> list[str]:
+def list_tables(args: argparse.Namespace) -> list[str]:
     lines = []
     for name, table in TABLES.items():
         shares = sorted({row["labels"] for row in table["rows"]})
-        lines.append(f"{name:14} {table['data']:12} {len(table['rows']):3d} rows  {table['title']}"
+        runs = {job[2] for row in table["rows"] for seed in range(args.seeds) for arm in arms_of(row)
+                for job in jobs_of(row | {"arm": arm}, seed, args)}
+        lines.append(f"{name:14} {table['data']:12} {len(table['rows']):3d} rows {len(runs):4d} runs  {table['title']}"
                      + (f" ({', '.join(f'{s:.0%}' for s in shares)} of the labels)" if shares else ""))
-    return lines
+    return [*lines, f"(runs of {args.seeds} seeds; tables share runs)"]
 
 
 def estimate(names: list[str], args: argparse.Namespace) -> list[str]:
@@ -259,20 +308,21 @@ def estimate(names: list[str], args: argparse.Namespace) -> list[str]:
          "--device", args.device, "--precision", args.precision])
     found, steps = speed.measure(parsed)
     seconds = {name: sum(one["step"]) / len(one["step"]) for name, one in found.items()}
+    head = ", 16 outputs" * ("out_dim" in size)  # a small head is nearer to 16 outputs than to 65,336
     step = {"cass": seconds["CASS, both arms"]}
-    step |= {f"dino {a}": seconds[f"DINO, {a.split('.')[0]}"] for a in arch.values()}
-    lines, made = [f"{len(images.part('train'))} training images, {steps} steps an epoch; at most, on this machine:"], set()
+    step |= {f"dino {a}": seconds[f"DINO, {a.split('.')[0]}{head}"] for a in arch.values()}
+    lines, counted = [f"{len(images.part('train'))} training images, {steps} steps an epoch; at most, on this machine:"], set()
     for name in names:
-        total = 0.0
-        jobs = [job for row in TABLES[name]["rows"] for s in range(args.seeds) for job in jobs_of(row, s, args)]
+        total, jobs = 0.0, [job for row in TABLES[name]["rows"] for s in range(args.seeds) for arm in arms_of(row)
+                            for job in jobs_of(row | {"arm": arm}, s, args)]
         for module, o, folder in jobs:
-            if folder in made or (folder / "result.json").exists():
+            if folder in counted or finished(folder) is not None:
                 continue
-            made.add(folder)
+            counted.add(folder)
             one = step["cass"] if module is not dino else step.get(f"dino {o['arch']}", max(step.values()))
-            share = o["labels"] if module is finetune else 1
-            total += one * steps * share * o["epochs"]
-        lines.append(f"{name:14} {len({j[2] for j in jobs}):4d} runs {total / 3600:8.1f} hours (runs shared with a table above counted there)")
+            total += one * steps * (o["labels"] if module is finetune else 1) * o["epochs"]
+        lines.append(f"{name:14} {len({j[2] for j in jobs}):4d} runs {total / 3600:8.1f} hours (runs shared with a table above "
+                     "counted there)" if jobs else f"{name:14} times some steps, which takes minutes")
     return lines
 
 
@@ -286,9 +336,10 @@ def tables_options() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/tables"), help="where runs and tables go (default: %(default)s)")
     add("--size", choices=tuple(SIZES), default="small", help="small: small networks, 96 pixels, random weights, "
         "20 epochs; paper: the paper's set-up (default: %(default)s)")
-    add("--seeds", type=int, default=3, help="each pretrains and fine-tunes anew (paper: 5; default: %(default)s)")
-    add("--epochs", type=int, help="epochs of pretraining for the paper's 100, instead of the size's")
-    add("--labels", type=float, nargs="*", help="only rows with these shares of the labels, such as 0.01 0.1")
+    add("--seeds", type=positive(int), default=3, help="each pretrains and fine-tunes anew (paper: 5; default: %(default)s)")
+    add("--init", metavar="imagenet|random|FOLDER", help="start weights, instead of the size's; see cass.py --help")
+    add("--epochs", type=positive(int), help="epochs of pretraining for the paper's 100, instead of the size's")
+    add("--labels", type=finetune.label_share, nargs="+", help="only rows with these shares of the labels, such as 0.01 0.1")
     add("--schedule", choices=("16", "run"), default="16", help="rate of fine-tuning, see finetune.py --help")
     add("--metric", choices=("f1", "recall"), help="the paper's metric (default: recall for ISIC 2019, else pooled F1)")
     add("--split-file", type=Path, help="a split.csv to use, such as the audit's without leaking test images")
@@ -304,32 +355,44 @@ def make_tables(args: argparse.Namespace) -> None:
     for name in args.tables:
         if name not in TABLES:
             raise UserError(f"there is no table {name}; --list names {', '.join(TABLES)}")
-        if args.labels:
+        if args.labels and TABLES[name]["rows"]:
             TABLES[name]["rows"] = [row for row in TABLES[name]["rows"] if row["labels"] in args.labels]
-    if args.list or not args.tables:
-        return print("\n".join(list_tables()))
+            if not TABLES[name]["rows"]:
+                raise UserError(f"{name} has no rows with these --labels; see --list")
+    if not args.estimate and (args.list or not args.tables):
+        args.data = args.data or Path("data")
+        return print("\n".join(list_tables(args)))
     if args.data is None:
         raise UserError("--data names the folder of images to make the tables on")
     args.split, args.ratios, args.split_seed, args.skip_bad = "auto", (0.7, 0.1, 0.2), 0, False
+    images = open_images(args)
     if args.estimate:
-        return print("\n".join(estimate(args.tables, args)))
+        return print("\n".join(estimate(args.tables or list(TABLES), args)))
+    if not images.classes and args.tables != ["T1"]:
+        raise UserError(f"{args.data} has no labels, which these tables need")
+    args.out.mkdir(parents=True, exist_ok=True)
     shared = ["--device", args.device, "--precision", args.precision] + (
         ["--workers", args.workers] if args.workers else []) + (["--cache", str(args.cache)] if args.cache else [])
+    leaks, made, scored = None, {}, False
     for name in args.tables:
+        rows: list[dict] = []
         if name == "T1":
             cnn, transformer = TIMED[args.size]
-            lines = speed.time_table(speed.speed_options().parse_args(
+            lines = head_lines(name, args) + speed.time_table(speed.speed_options().parse_args(
                 ["--data", str(args.data), "--cnn", cnn, "--transformer", transformer, "--init", "random", "--image-size",
                  str(SIZES[args.size]["image_size"]), "--epochs", str(args.epochs or 100), *shared]))
-            rows: list[dict] = []
+            scored = True
         else:
             recall = args.metric == "recall" or not args.metric and TABLES[name]["data"] == "ISIC 2019"
-            metric = ("argmax", "balanced_accuracy") if recall else ("threshold_0.5", "f1_pooled")
-            rows = [fill(row, args, shared, metric) for row in TABLES[name]["rows"]]
-            leaks = count_leaks(open_images(args))
+            metric = "balanced_accuracy" if recall else "f1_pooled"
+            rows = [fill(row, args, shared, metric, made) for row in TABLES[name]["rows"]]
+            leaks = count_leaks(images) if leaks is None else leaks
             lines = table_lines(name, rows, args, leaks, "recall" if recall else "pooled F1 at 0.5")
-        write_table(name, rows, lines, args.out)
-        print("\n".join(["", *lines, "", f"written to {args.out / name}.md and .csv"]))
+            scored |= any(row["values"] for row in rows)
+        file = write_table(name, rows, lines, args, leaks)
+        print("\n".join(["", *lines, "", f"written to {file}.md and .csv"]))
+    if not scored:
+        raise UserError("every run failed; the remarks in the table say why")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 import data
 from data import load_image
@@ -192,9 +192,9 @@ def test_contact_sheet_shows_the_worst_pairs(planted: Path) -> None:
         pixels = np.asarray(sheet.convert("RGB"), int)
     assert pixels.shape[1] > 1000 and pixels.shape[0] > 400
     # The first pair is the one with different labels: both images stand in the top row, with captions in black below.
-    left = np.asarray(load_image(planted / "test" / "dog" / "102.png"), int)
-    right = np.asarray(load_image(planted / "train" / "cat" / "2.png"), int)
-    seen = [any(np.abs(pixels[26:90, x:x + 64] - image).mean() < 3 for x in (8, 206)) for image in (left, right)]
+    left, right = (np.asarray(ImageOps.contain(load_image(planted / name), (190, 190)), int)  # small ones are enlarged
+                   for name in ("test/dog/102.png", "train/cat/2.png"))
+    seen = [any(np.abs(pixels[26:216, x:x + 190] - image).mean() < 3 for x in (8, 206)) for image in (left, right)]
     assert seen == [True, True]
     assert (pixels[215:265, :400].sum(2) < 100).sum() > 200
 
@@ -232,7 +232,9 @@ def test_scores_with_and_without_leaks(planted: Path, capsys: pytest.CaptureFixt
         f"{seed},{row.path},{row.labels[0]},cat,cat\n" for seed in (0, 1) for row in rows))
     run(planted, "--predictions", str(file))
     said = capsys.readouterr().out
-    assert "2 seeds; 14 test images all, 12 test images without leaks, 2 test images leaking only" in said
+    assert "2 seeds; test images: 14 all, 12 without leaks, 2 leaking only" in said
     assert "net           all 0.3636 +- 0.0000   without leaks 0.3333 +- 0.0000   leaking only 0.5000 +- 0.0000" in said
+    file.write_text(file.read_text().replace("test/cat/20.png", "train/cat/0.png"))  # of another split
+    assert "--split-file" in sentence(capsys, lambda: run(planted, "--predictions", str(file)))
     file.write_text("image,class\na.png,cat\n")  # that of finetune.py --predict, which knows no truth
     assert "predictions.csv" in sentence(capsys, lambda: run(planted, "--predictions", str(file)))

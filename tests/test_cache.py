@@ -340,3 +340,14 @@ def test_damaged_images_that_the_split_names_can_be_skipped(tmp_path: Path, caps
     data.main(["--data", str(folder), "--split-file", str(file), "--skip-bad"])
     said = capsys.readouterr().out
     assert "2 images" in said and "left out 1 images that can't be read: a/1.png" in said
+
+
+def test_an_image_damaged_in_the_cache_is_read_from_its_own_file(tmp_path: Path) -> None:
+    images = read_images(class_folders(tmp_path / "set", cat=3, dog=3))
+    cache = ImageCache(images, 16, tmp_path / "cache")
+    before = {row.path: cache[row.path].tobytes() for row in images.rows}
+    bytes_ = bytearray(cache.file.read_bytes())
+    bytes_[2 * 16 * 16 * 3 + 5] ^= 255  # one byte of the third image, the length as it was
+    cache.file.write_bytes(bytes_)
+    for one in (cache, ImageCache(images, 16, tmp_path / "cache")):
+        assert {row.path: one[row.path].tobytes() for row in images.rows} == before

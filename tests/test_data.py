@@ -1,5 +1,6 @@
 """data.py: every form of folder and of image, splits by their properties, augmentations by their probabilities."""
 
+import os
 import struct
 import zlib
 from collections import Counter
@@ -669,3 +670,58 @@ def test_ratios_that_cant_be_used(tmp_path: Path, text: str, capsys: pytest.Capt
     with pytest.raises(SystemExit) as stopped:
         data.main(["--data", str(tmp_path), f"--ratios={text}"])
     assert stopped.value.code == 2 and "three shares" in capsys.readouterr().err.splitlines()[-1]
+
+
+# %% what would go wrong without a word
+
+
+def test_a_link_to_a_folder_above_does_not_bring_its_images_again(tmp_path: Path) -> None:
+    folder = put(tmp_path / "set", *(f"{part}/{name}/{i}.png" for part in ("train", "test") for name in ("cat", "dog")
+                                     for i in range(3)))
+    before = read_images(folder).rows
+    (folder / "train" / "cat" / "loop").symlink_to("../..", target_is_directory=True)
+    (folder / "train" / "up").symlink_to("..", target_is_directory=True)
+    assert read_images(folder).rows == before
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path: Path) -> None:
+    folder = put(tmp_path / "set", "dog/1.png")
+    put(tmp_path / "store", "a.png", "b.png")
+    (folder / "cat").symlink_to(tmp_path / "store", target_is_directory=True)
+    assert sorted(row.path for row in read_images(folder).rows) == ["cat/a.png", "cat/b.png", "dog/1.png"]
+
+
+def test_a_name_that_is_no_text_is_refused_and_one_of_another_script_is_not(tmp_path: Path) -> None:
+    put(tmp_path / "set", "脳/имя.png", "café/1.png")
+    assert len(read_images(tmp_path / "set").rows) == 2
+    os.rename(tmp_path / "set" / "café" / "1.png", os.fsencode(tmp_path / "set" / "café") + b"/\xe9.png")
+    with pytest.raises(DataError, match="rename"):
+        read_images(tmp_path / "set")
+
+
+def test_parts_one_folder_further_down_are_pointed_at(tmp_path: Path) -> None:
+    put(tmp_path / "set", "archive/Training/cat/1.png", "archive/Testing/cat/1.png")
+    with pytest.raises(DataError, match="archive"):
+        read_images(tmp_path / "set")
+
+
+@pytest.mark.parametrize("text, word", [
+    ('image,label\na.png,"cat\nb.png,dog\n', "quote"), ("image,label\n/a.png,cat\nb.png,dog\n", "relative"),
+    ("image,label\na.png,cat\n./a.png,dog\n", "both name"), ('image,label\na.png,"' + "x" * 140_000, "quote")])
+def test_tables_that_would_lose_or_double_images_are_refused(tmp_path: Path, text: str, word: str) -> None:
+    labels_csv(tmp_path, text, "a.png", "b.png")
+    with pytest.raises(DataError, match=word):
+        read_images(tmp_path)
+
+
+def test_a_table_may_begin_with_empty_lines(tmp_path: Path) -> None:
+    labels_csv(tmp_path, "\n\nimage;label\na.png;cat\nb.png;dog\n", "a.png", "b.png")
+    assert [row.labels for row in read_images(tmp_path).rows] == [("cat",), ("dog",)]
+
+
+def test_a_split_may_come_back_from_a_spreadsheet(tmp_path: Path) -> None:
+    images = split_images(read_images(class_folders(tmp_path / "set", cat=10, dog=10)))
+    write_split(tmp_path / "split.csv", images)
+    text = (tmp_path / "split.csv").read_text()
+    (tmp_path / "split.csv").write_text("﻿" + text.replace(",", ";"), encoding="utf-8")
+    assert read_split(tmp_path / "split.csv", images).rows == images.rows

@@ -297,3 +297,45 @@ def test_asked_kind_without_its_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--table" in sentence(capsys, lambda: run(tmp_path, "--kind", "isic2019"))
     assert "not a folder" in sentence(capsys, lambda: run(tmp_path / "gone"))
     assert "gone.csv" in sentence(capsys, lambda: run(tmp_path, "--table", str(tmp_path / "gone.csv")))
+
+
+def test_file_names_win_over_numbers_that_happen_to_fit(tmp_path: Path) -> None:
+    folder = put(tmp_path / "set", *(f"{i}.png" for i in range(1, 5)))
+    (folder / "t.csv").write_text("id,scan,label\n" + "".join(f"{i - 1},{i}.png,{'ab'[i % 2]}\n" for i in range(1, 5)))
+    prepare.main(["--data", str(folder), "--skip-missing"])
+    assert {row.path: row.labels[0] for row in read_images(folder).rows} == {f"{i}.png": "ab"[i % 2] for i in range(1, 5)}
+
+
+def test_a_name_with_other_folders_is_taken_and_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = put(tmp_path / "set", "x/1.png", "x/2.png")
+    (folder / "t.csv").write_text("path,target\n/old/machine/1.png,a\n/old/machine/2.png,b\n")
+    prepare.main(["--data", str(folder)])
+    assert "2 names share no folder with the file taken for them, such as /old/machine/1.png: x/1.png" in capsys.readouterr().out
+
+
+def test_one_class_in_use_keeps_its_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = put(tmp_path / "set", "1.png", "2.png")
+    (folder / "t.csv").write_text("image,MEL,NV\n1.png,1,0\n2.png,1,0\n")
+    prepare.main(["--data", str(folder)])
+    assert {row.labels for row in read_images(folder).rows} == {("MEL",)}
+    (folder / "t.csv").write_text("image,MEL,NV\n1.png,1,0\n2.png,0,0\n")
+    assert "MEL" in sentence(capsys, lambda: prepare.main(["--data", str(folder), "--overwrite"]))
+
+
+def test_isic_named_as_the_table_keeps_its_lesions(tmp_path: Path) -> None:
+    folder = put(tmp_path / "set", "a.jpg", "b.jpg")
+    (folder / prepare.ISIC).write_text("image,MEL,NV\na,1.0,0.0\nb,0.0,1.0\n")
+    (folder / prepare.ISIC_FACTS).write_text("image,lesion_id\na,L1\nb,L1\n")
+    prepare.main(["--data", str(folder), "--table", str(folder / prepare.ISIC)])
+    assert {row.group for row in read_images(folder).rows} == {"L1"}
+
+
+@pytest.mark.parametrize("change, word", [({"train_labels": np.zeros((3, 1), np.uint8)}, "4 images and 3 labels"),
+                                          ({"train_labels": np.full((4, 1), -1)}, "below 0"),
+                                          ({"train_images": np.zeros((4, 8, 8), np.uint16)}, "0 to 255")])
+def test_medmnist_arrays_that_do_not_fit_are_refused(tmp_path: Path, change: dict, word: str,
+                                                     capsys: pytest.CaptureFixture) -> None:
+    arrays = {"train_images": np.zeros((4, 8, 8), np.uint8), "train_labels": np.arange(4, dtype=np.uint8)[:, None]}
+    np.savez(tmp_path / "m.npz", **arrays | change)
+    assert word in sentence(capsys, lambda: prepare.main(["--data", str(tmp_path / "m.npz")]))
+    assert not list(tmp_path.rglob("*.png"))
