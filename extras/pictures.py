@@ -113,7 +113,7 @@ def draw_bar(low: float, high: float, height: int, text: str) -> Image.Image:
     top, bottom = words(text, 90, 13).height + 8, height - 8
     page.paste(paint(np.linspace(1, 0, 256)[:, None], 0, 1, (20, bottom - top)), (0, top))
     for share in np.linspace(0, 1, 5):
-        digits = max(0, 1 - math.floor(math.log10((high - low) or 1)))
+        digits = max(0, 2 - math.floor(math.log10((high - low) or 1)))
         number, y = f"{low + share * (high - low):.{digits}f}", bottom - share * (bottom - top)
         ImageDraw.Draw(page).text((26, y), number, "black", ImageFont.load_default(13), "lm")
     return page
