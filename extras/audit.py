@@ -241,22 +241,30 @@ def read_predictions(file: Path, images: ImageSet) -> list[dict[str, str]]:
 
 
 def flattery(rows: list[dict[str, str]], leaking: set[str], classes: list[str]) -> Iterator[str]:
-    """Lines with the macro F1 of each network in `read_predictions`, mean over seeds: on all test images, on those that
-    do not leak, and on those that do."""
-    def f1(network: str, seed: str, keep: Callable[[str], bool]) -> float:
-        chosen = [row for row in rows if row["seed"] == seed and keep(row["image"])]
-        truth, said = (np.array([[c in row[key].split("|") for c in classes] for row in chosen]).reshape(-1, len(classes))
-                       for key in ("truth", f"{network}: class"))
-        return float(precision_recall_f1(class_counts(truth, said))["f1"].mean())
+    """Lines with the scores of each network in `read_predictions`, mean over seeds: macro F1 on all test images and on
+    those that do not leak; and how many of the leaking ones are right, beside as many others of the same classes, as
+    leaking images may be of the easier classes or of the harder ones."""
+    seeds, images = list(dict.fromkeys(row["seed"] for row in rows)), {row["image"]: row["truth"] for row in rows}
+    shares = Counter(truth for image, truth in images.items() if image in leaking)
 
-    seeds = list(dict.fromkeys(row["seed"] for row in rows))
-    parts = {"all": lambda image: True, "without leaks": lambda image: image not in leaking, "leaking only": leaking.__contains__}
-    counts = {part: sum(row["seed"] == seeds[0] and keep(row["image"]) for row in rows) for part, keep in parts.items()}
-    yield f"macro F1, {len(seeds)} seed{'s' * (len(seeds) > 1)}; test images: " + ", ".join(f"{n} {part}" for part, n in counts.items())
+    def scores(network: str, seed: str) -> list[float]:
+        own = [row for row in rows if row["seed"] == seed]
+        clean = [row for row in own if row["image"] not in leaking]
+        truth, said = ([np.array([[c in row[key].split("|") for c in classes] for row in some]).reshape(-1, len(classes))
+                        for some in (own, clean)] for key in ("truth", f"{network}: class"))
+        f1 = [float(precision_recall_f1(class_counts(t, p))["f1"].mean()) for t, p in zip(truth, said)]
+        right = {leaks: {c: [row["truth"] == row[f"{network}: class"] for row in own if row["truth"] == c
+                             and (row["image"] in leaking) == leaks] for c in shares} for leaks in (True, False)}
+        common = [c for c in shares if right[False][c]]  # classes of which some images do not leak
+        return f1 + [sum(shares[c] * np.mean(right[leaks][c]) for c in common) / (sum(shares[c] for c in common) or 1)
+                     for leaks in (True, False)]
+    yield (f"{len(images)} test images, {sum(shares.values())} leaking ("
+           + (", ".join(f"{n} {c or 'no class'}" for c, n in shares.items()) or "none") + f"); seeds: {len(seeds)}")
     for name in (key[:-7] for key in rows[0] if key.endswith(": class")):
-        cells = {part: mean_and_spread([f1(name, seed, keep) for seed in seeds]) for part, keep in parts.items() if counts[part]}
-        yield f"  {name:14}" + "   ".join(f"{part} {mean:.4f}" + (f" +- {spread:.4f}" if spread is not None else "")
-                                         for part, (mean, spread, _) in cells.items())
+        cells = [f"{mean:.4f}" + (f" +- {spread:.4f}" if spread is not None else "")
+                 for mean, spread, _ in map(mean_and_spread, zip(*(scores(name, seed) for seed in seeds)))]
+        yield f"  {name}: macro F1 {cells[0]}, without the leaking images {cells[1]}" + (
+            f"; right: {cells[2]} of the leaking, {cells[3]} of others of the same classes" * bool(shares))
 
 
 # %% showing

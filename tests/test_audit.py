@@ -225,15 +225,18 @@ def test_folder_is_left_as_it_is(planted: Path) -> None:
 
 
 def test_scores_with_and_without_leaks(planted: Path, capsys: pytest.CaptureFixture) -> None:
-    """A network that says cat whatever it sees: six cats and six dogs do not leak, two cats do."""
+    """A network that knows the leaking cats, and one cat of the six others; to all else it says dog."""
     rows = data.split_images(data.read_images(planted)).part("test")
     file = planted.with_name("predictions.csv")
     file.write_text("seed,image,truth,class,net: class\n" + "".join(
-        f"{seed},{row.path},{row.labels[0]},cat,cat\n" for seed in (0, 1) for row in rows))
+        f"{seed},{row.path},{row.labels[0]},{said},{said}\n" for seed in (0, 1) for row in rows
+        for said in ["cat" if Path(row.path).stem in ("100", "110", "20") else "dog"]))
     run(planted, "--predictions", str(file))
     said = capsys.readouterr().out
-    assert "2 seeds; test images: 14 all, 12 without leaks, 2 leaking only" in said
-    assert "net           all 0.3636 +- 0.0000   without leaks 0.3333 +- 0.0000   leaking only 0.5000 +- 0.0000" in said
+    assert "14 test images, 2 leaking (2 cat); seeds: 2" in said
+    # All: 3 of 8 cats, 6 of 6 dogs with 5 errors; without the leaking ones: 1 of 6 cats, 6 of 6 dogs with 5 errors.
+    assert f"net: macro F1 {(6 / 11 + 12 / 17) / 2:.4f} +- 0.0000, without the leaking images {(2 / 7 + 12 / 17) / 2:.4f}" in said
+    assert f"right: 1.0000 +- 0.0000 of the leaking, {1 / 6:.4f} +- 0.0000 of others of the same classes" in said
     file.write_text(file.read_text().replace("test/cat/20.png", "train/cat/0.png"))  # of another split
     assert "--split-file" in sentence(capsys, lambda: run(planted, "--predictions", str(file)))
     file.write_text("image,class\na.png,cat\n")  # that of finetune.py --predict, which knows no truth
