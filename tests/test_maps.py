@@ -307,7 +307,7 @@ def test_pictures_go_beside_the_run_and_equal_starts_are_drawn_once(data: Path, 
 
 
 def test_user_errors_are_one_sentence(data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    swapped = make_run(tmp_path / "two", data, cnn="test_vit", transformer="test_resnet")
+    pooled = make_run(tmp_path / "two", data, cnn="test_resnet", transformer="test_vit2")  # it has no class token
     image = str(data / "test" / "a" / "0.png")
     alone = make_run(tmp_path / "again" / "cass-scans", data, backbone="test_resnet")
     (tmp_path / "file").write_text("")
@@ -315,7 +315,7 @@ def test_user_errors_are_one_sentence(data: Path, run: Path, tmp_path: Path, cap
     def said(*options: str, weights: Path = run) -> str:
         return sentence(capsys, lambda: maps.main(["--weights", str(weights), *options]))
 
-    assert "test_resnet has no class token" in said("--image", image, weights=swapped)
+    assert "test_vit2 has no class token" in said("--image", image, weights=pooled)
     assert "say what to draw" in said() and "--data DIR" in said("--average", "3")
     assert "is not there" in said("--image", str(data / "none.png"))
     assert "blocks 0 to 5" in said("--image", image, "--block", "6")
@@ -326,8 +326,18 @@ def test_user_errors_are_one_sentence(data: Path, run: Path, tmp_path: Path, cap
     assert "is no network" in said("--image", image, weights=tmp_path / "file")
     assert "can't be written" in said("--image", image, "--out", str(tmp_path / "file"))
     assert "same name" in said("--image", image, "--weights", str(alone))
-    (swapped / "split.csv").unlink()
-    assert "split.csv" in said("--data", str(data), "--average", "3", "--weights", str(swapped / "cnn.pt"))
+    (pooled / "split.csv").unlink()
+    assert "split.csv" in said("--data", str(data), "--average", "3", "--weights", str(pooled / "cnn.pt"))
+
+
+def test_what_a_network_is_follows_from_its_weights_and_not_from_its_file(data: Path, tmp_path: Path) -> None:
+    """Two CNNs, as in Table 18, have feature maps and no attention; arms the other way round are no matter."""
+    image = str(data / "test" / "a" / "0.png")
+    for arms, drawn in (({"cnn": "test_resnet", "transformer": "test_efficientnet"}, {"features-0"}),
+                        ({"cnn": "test_vit", "transformer": "test_resnet"}, {"features-0", "attention-0-block0"})):
+        run = make_run(tmp_path / arms["cnn"], data, **arms)
+        maps.main(["--weights", str(run), "--image", image])
+        assert {file.stem for file in (run / "maps").glob("*.png")} == drawn
 
 
 # %% drawing
