@@ -33,7 +33,7 @@ def step(title: str, look: str, command, arguments: str) -> None:
 def tell_story(folder: Path, quick: bool) -> None:
     """Run everything into `folder`."""
     images, arms = folder / "autoimmune", f"--arch {CNN} --arch {TRANSFORMER}"
-    cass_epochs, dino_epochs, epochs, shares = (4, 1, 8, ("1",)) if quick else (20, 5, 30, ("0.1", "1"))
+    cass_epochs, dino_epochs, epochs, shares = (4, 1, 6, ("1",)) if quick else (15, 5, 16, ("0.1", "1"))
     shared = f"--data {images} --init random --image-size 96 --seed 0 --overwrite"
     if not (images / "labels.csv").exists():
         step("Images", "198 synthetic slides from 7 patients, a stand-in for the paper's biopsies.", sample, f"{images}")
@@ -43,7 +43,7 @@ def tell_story(folder: Path, quick: bool) -> None:
                        "nothing."),
             ("contrast", "Not the paper's: each image must recognise its own output by the other arm. Look at cosine again.")):
         step(f"CASS, --loss {loss}: two networks pull each other's outputs together, without labels", look, cass,
-             f"{shared} --loss {loss} --cnn {CNN} --transformer {TRANSFORMER} --epochs {cass_epochs} --probe-every 1 "
+             f"{shared} --loss {loss} --cnn {CNN} --transformer {TRANSFORMER} --epochs {cass_epochs} --probe-every {max(1, cass_epochs // 5)} "
              f"--out {folder / loss}")
     step("The two losses over the epochs", "Look at curves.png: the left-out half of the story of a falling loss.", curves,
          f"{folder / 'cosine'} {folder / 'contrast'} --out {folder / 'curves.png'}")
