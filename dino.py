@@ -314,6 +314,15 @@ def gauge_student(gauges: Callable[..., dict], student: nn.Module) -> Callable[[
     return measure
 
 
+def output_warning(entropy: float, kl: float, out_dim: int) -> str | None:
+    """One sentence if the teacher's output is the same for every image, in either of the two ways; else None."""
+    if kl >= 0.01:
+        return None
+    way = "one output wins for all of them" if entropy < math.log(out_dim) / 2 else "all outputs are about alike"
+    return (f"the teacher now gives almost the same output for every image (kl {kl:.3f}): {way} (entropy {entropy:.2f} of "
+            f"{math.log(out_dim):.2f}), so the loss does not show that anything is learned; see README, Will it collapse?")
+
+
 @torch.no_grad()
 def untrained_steps(now: DinoTraining, loader: Iterable[Views], autocast: AbstractContextManager,
                     temperature: float) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -438,11 +447,17 @@ def train_backbone(run: Any, name: str, model: nn.Module, device: torch.device, 
                          args.batch_size, seed=args.seed, drop_last=True, workers=workers)
     looks = probe_loaders(images, args.image_size, args.batch_size, workers, cache) if args.probe_every else ()
 
+    said: set[str] = set()
+
     def log(row: dict) -> None:
         if looks and (row["epoch"] % args.probe_every == 0 or row["epoch"] == args.epochs):
             scores = probe_scores(*network_features(model, *looks), images.multi_label)  # the student's
             row |= {f"backbone_{key}": value for key, value in scores.items()}
         run.log(row)
+        sentence = output_warning(row["entropy"], row["kl"], args.out_dim) if row["epoch"] and not said else None
+        if sentence:  # once
+            said.add(sentence)
+            tqdm.write(f"warning: {sentence}")
 
     torch.manual_seed(args.seed)
     with StopSignal(run) as stop:

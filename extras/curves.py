@@ -20,8 +20,8 @@ MEANING = {
     "spread": "how far they are spread out (0: one point)",
     "rank": "along how many directions they differ",
     "moved": "how far the weights have moved",
-    "knn": "macro F1 of nearest neighbours on frozen features, validation images",
-    "linear": "macro F1 of a linear classifier on frozen features, validation images"}
+    "knn": "F1 of nearest neighbours on frozen features, validation images",
+    "linear": "F1 of a linear classifier on frozen features, validation images"}
 
 
 def read_curves(run: Path) -> dict[str, dict[str, tuple[list[int], list[float]]]]:

@@ -109,6 +109,12 @@ def test_head_by_hand() -> None:
     assert torch.allclose(head(x) - parts[7], 5e-4 * parts[6].sum(1) * torch.ones(4, 1), atol=1e-5)
 
 
+def test_both_ways_to_collapse_are_said_in_a_sentence() -> None:
+    assert dino.output_warning(3.0, 0.5, 1000) is None
+    assert "one output wins" in dino.output_warning(0.01, 0.0, 1000)
+    assert "alike" in dino.output_warning(6.9, 0.001, 1000)
+
+
 # %% averages and schedules
 
 
