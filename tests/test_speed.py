@@ -53,6 +53,8 @@ def test_the_table_holds_the_ratio_of_its_own_rows(tmp_path, capsys):
     full = steps["DINO, test_resnet"] + steps["DINO, test_vit"]
     assert float(re.search(r"CASS / DINO, both arms: ([\d.]+)", text)[1]) == pytest.approx(
         steps["CASS, both arms"] / full, abs=0.01)
+    assert float(re.search(r"contrast takes ([\d.]+) times", text)[1]) == pytest.approx(
+        steps["CASS, --loss contrast"] / steps["CASS, both arms"], abs=0.02)
     assert "Paper: 0.31" in text and "0.375" in text and "extrapolated" in text
 
 
