@@ -92,6 +92,7 @@ def make(module, options: dict, folder: Path, shared: list[str]) -> str:
     if (had := finished(folder)) is not None:
         for name, value in options.items():
             before = had.get(name)
+            before = before[0] if isinstance(before, list) and len(before) == 1 else before  # --arch may come twice
             same = (before and Path(before).resolve() == value.resolve() if isinstance(value, Path) else
                     float(before) == value if isinstance(value, (int, float)) else str(before) == str(value))
             if not same:

@@ -70,8 +70,10 @@ def test_a_table_is_computed_from_its_runs_and_shared_with_others(folder, tmp_pa
     assert float(said) == pytest.approx(np.mean(gaps), abs=1e-4)
     assert float(error) == pytest.approx(np.std(gaps, ddof=1) / 2**0.5, abs=1e-4)
 
+    before = read(tmp_path / "tiny-small" / "T4.csv")
     sweep(folder, tmp_path, "T4")  # nothing is computed twice
     assert "$ python" not in capsys.readouterr().out
+    assert read(tmp_path / "tiny-small" / "T4.csv") == before and not any(row["failed"] for row in before)
     monkeypatch.setitem(tables.TABLES, "T14", tables.TABLES["T14"] | {"rows": tables.TABLES["T14"]["rows"][2:4]})
     sweep(folder, tmp_path, "T14")  # batch 16 is the base of T4
     assert "$ python" not in capsys.readouterr().out
