@@ -22,7 +22,7 @@ from typing import Any
 import cass
 import dino
 import finetune
-from data import DataError, ImageSet, Row, open_images
+from data import DataError, ImageSet, Row, open_images, read_table
 from extras import audit, speed
 from extras.paper import R50, SIZES, SMALL, TABLES, TIMED, VIT
 from metrics import gain, mean_and_spread
@@ -94,7 +94,8 @@ def make(module, options: dict, folder: Path, shared: list[str]) -> str:
             before = had.get(name)
             before = before[0] if isinstance(before, list) and len(before) == 1 else before  # --arch may come twice
             same = (before and Path(before).resolve() == value.resolve() if isinstance(value, Path) else
-                    float(before) == value if isinstance(value, (int, float)) else str(before) == str(value))
+                    before is not None and float(before) == value if isinstance(value, (int, float)) else
+                    str(before) == str(value))
             if not same:
                 return f"{folder} was made with --{name.replace('_', '-')} {before}, not {value}; choose another --out"
         if "split_file" not in options and had.get("split_file") and Path(had["split_file"]).parent != options.get("weights"):
@@ -128,7 +129,7 @@ def scores_of(row: dict, seed: int, args: argparse.Namespace, metric: str) -> di
             lines = list(map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()))
             arm = "backbone" if module is dino else row["arm"]
             found |= {gauge: lines[-1].get(f"{arm}_{gauge}") for gauge in ("cosine", "rank")}
-            images = sum(line.split(",")[1] == "train" for line in (folder / "split.csv").read_text(encoding="utf-8").splitlines())
+            images = sum(line["split"] == "train" for _, line in read_table(folder / "split.csv")[1])
             found["hours"] = sum(images / line["images_per_second"] / 3600 for line in lines if "images_per_second" in line)
             continue
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -239,7 +240,7 @@ def gain_lines(rows: list[dict]) -> list[str]:
 
 
 def paired_lines(rows: list[dict]) -> list[str]:
-    """What --loss contrast changes against each other method, paired by seed: mean difference of macro F1, its
+    """What --loss contrast changes against each other method, paired by seed: mean difference of the first score, its
     standard error, and how many of these it is."""
     def of(like: dict, **wanted: str) -> dict:
         return next((row["seeds"] for row in rows if row["arm"] == like["arm"] and row["labels"] == like["labels"]
@@ -257,7 +258,7 @@ def paired_lines(rows: list[dict]) -> list[str]:
                          + (f" ({mean / spread * n**0.5:+.1f})" if spread else ""))
         if any(cells):
             lines.append(f"| {row['arm']} | {row['labels']:.0%} | " + " | ".join(cells) + " |")
-    head = ["", "`--loss contrast` minus the others, paired by seed: mean difference of macro F1 ± its standard error (their "
+    head = ["", "`--loss contrast` minus the others, paired by seed: mean difference of the first score ± its standard error (their "
             "ratio).", "", f"| arm | labels | minus {' | minus '.join(others)} |", "|---|---:|---:|---:|---:|"]
     return head + lines if lines else []
 

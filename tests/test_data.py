@@ -692,8 +692,9 @@ def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_no_text_is_refused_and_one_of_another_script_is_not(tmp_path: Path) -> None:
-    put(tmp_path / "set", "脳/имя.png", "café/1.png")
-    assert len(read_images(tmp_path / "set").rows) == 2
+    names = ("脳/имя.png", "café/1.png", "a/at 9.41\u202fAM.png", "a/x\u00a0y.png", "a/\u3000z.png")
+    put(tmp_path / "set", *names)  # with the blanks of other scripts, and of a Mac's screenshots
+    assert sorted(row.path for row in read_images(tmp_path / "set").rows) == sorted(names)
     os.rename(tmp_path / "set" / "café" / "1.png", os.fsencode(tmp_path / "set" / "café") + b"/\xe9.png")
     with pytest.raises(DataError, match="rename"):
         read_images(tmp_path / "set")
