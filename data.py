@@ -13,22 +13,20 @@ Everything odd (ISIC, Dermofit, MedMNIST, ...) becomes a labels.csv first: `extr
 """
 
 import argparse
-import contextlib
 import csv
 import hashlib
 import io
 import os
 import posixpath
+import re
 import shutil
 import signal
 import sys
-import time
 import uuid
-import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterator
 
 import numpy as np
 import PIL
@@ -46,7 +44,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # paper, F.2.2
 
 
 class DataError(ValueError):
-    """Images or labels that can't be used; one sentence that names the file and says what to do."""
+    """Images or labels that can't be used; one sentence that names the file and what to do."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +60,26 @@ class Row:
 @dataclass
 class ImageSet:
     """What was read: `rows` in a fixed order, `classes` in a fixed order (empty: no labels).
-    `notes` are sentences the user should see."""
+    `notes` are sentences the user should see. `window` is the range of intensities that images
+    of more than 8 bits are shown in; None: each in its own."""
     folder: Path
     rows: list[Row]
     classes: list[str]
     multi_label: bool = False
     notes: list[str] = field(default_factory=list)
+    window: tuple[float, float] | None = None
 
     def part(self, name: str) -> list[Row]:
         return [row for row in self.rows if row.split == name]
 
     def truth(self, rows: list[Row]) -> np.ndarray:
         """Multi-hot float labels `(N, K)`."""
-        return np.array([[c in row.labels for c in self.classes] for row in rows],
-                        np.float32).reshape(len(rows), len(self.classes))
+        truth = np.zeros((len(rows), len(self.classes)), np.float32)
+        column = {name: k for k, name in enumerate(self.classes)}
+        for i, row in enumerate(rows):
+            for name in row.labels:
+                truth[i, column[name]] = 1
+        return truth
 
 
 # %% reading
@@ -85,10 +89,7 @@ def find_images(folder: str | Path, skip_bad: bool = False) -> ImageSet:
     """All images below a folder, whatever its form, without labels or parts."""
     if not Path(folder).is_dir():
         raise DataError(f"{folder} is not a folder of images")
-    rows = [Row(path) for path in _image_files(Path(folder))]
-    if not rows:
-        raise DataError(f"{folder} holds no images ({' '.join(ENDINGS)})")
-    images = ImageSet(Path(folder), rows, [])
+    images = ImageSet(Path(folder), [Row(path) for path in _image_files(Path(folder))], [])
     return good_rows(images) if skip_bad else images
 
 
@@ -99,113 +100,132 @@ def read_images(folder: str | Path) -> ImageSet:
         raise DataError(f"{folder} is not a folder; --data names the folder that holds the images")
     if (folder / "labels.csv").is_file():
         return _read_csv(folder)
-    inside, _ = _inside(folder)
-    if len(inside) == 1 and "train" in {PART_NAMES.get(name.lower()) for name in _inside(folder / inside[0])[0]}:
-        raise DataError(f"{folder} holds one folder, which holds the parts; name that one: --data {folder / inside[0]}")
-    parts = {name: PART_NAMES[name.lower()] for name in inside if name.lower() in PART_NAMES}
-    rows, notes = [], []
-    if "train" in parts.values():
-        for name, part in parts.items():
-            rows += [replace(row, path=f"{name}/{row.path}", split=part)
-                     for row in _read_classes(folder / name, notes)]
-        notes += [f"folder {name} beside {' and '.join(parts)} is not used" for name in inside
-                  if name not in parts and next(_image_files(folder / name), None)]
-    else:
-        rows = _read_classes(folder, notes)
-    if not rows:
+    rows, notes = _read_folders(folder, _image_files(folder))
+    classes = {label for row in rows for label in row.labels}
+    return ImageSet(folder, rows, distinct_classes(sorted(classes, key=_by_number)), notes=notes)
+
+
+def _read_folders(folder: Path, paths: list[str]) -> tuple[list[Row], list[str]]:
+    """Rows and notes from the folders in each path: the part, where one of them is called train,
+    then the class. Below the class a path may go on."""
+    folders = {path: path.split("/")[:-1] for path in paths}
+    tops = {names[0] for names in folders.values() if names}
+    parts = {name: PART_NAMES[name.lower()] for name in tops if name.lower() in PART_NAMES}
+    if "train" not in parts.values():
+        parts = {}
+    below = {PART_NAMES.get(names[1].lower()) for names in folders.values() if len(names) > 1}
+    if len(tops) == 1 and not parts and "train" in below:
+        inner = folder / tops.pop()
+        raise DataError(f"{folder} holds one folder, which holds the parts; "
+                        f"name that one: --data {inner}")
+    rows, notes, strays = [], [], []
+    for path, names in folders.items():
+        part = parts.get(names[0], "") if names else ""
+        if parts and not part:
+            strays.append(names[0] if names else path)
+            continue
+        names = names[1:] if parts else names
+        rows.append(Row(path, tuple(names[:1]), split=part))
+    for name in sorted(set(strays)):
+        notes.append(f"{name} beside {' and '.join(sorted(parts))} is not used")
+    labelled = {row.split for row in rows if row.labels}
+    flat = [row.path for row in rows if not row.labels and row.split in labelled]
+    if flat:
+        rows = [row for row in rows if row.labels or row.split not in labelled]
+        notes.append(f"{len(flat)} images beside the class folders are not used, such as {flat[0]}")
+    return rows, notes
+
+
+def _image_files(folder: Path) -> list[str]:
+    """Paths of all images below `folder`, relative to it, sorted. What lies behind links comes
+    after the rest, and each folder once, so that no link puts an image into two classes."""
+    seen = {str(above) for above in folder.resolve().parents}
+    found, waiting = [], [str(folder)]
+    while waiting:
+        for here, folders, files in os.walk(waiting.pop(0), onerror=_cant_list):
+            if os.path.realpath(here) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(here))
+            folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+            waiting += [os.path.join(here, name) for name in folders
+                        if os.path.islink(os.path.join(here, name))]
+            found += [os.path.relpath(os.path.join(here, name), folder) for name in files
+                      if name.lower().endswith(ENDINGS) and not name.startswith(".")]
+    for path in found:  # what fits into no CSV file; bytes that are no UTF-8 come from old zips
+        if re.search("[\r\n\ud800-\udfff]", path):
+            raise DataError(f"the name of {ascii(os.path.join(folder, path))} is not plain text; "
+                            "rename that file")
+    if not found:
         raise DataError(f"{folder} holds no images ({' '.join(ENDINGS)}); --data names the folder "
                         "that holds them")
-    classes = sorted({label for row in rows for label in row.labels})
-    return ImageSet(folder, rows, distinct_classes(classes), notes=notes)
-
-
-def _read_classes(folder: Path, notes: list[str]) -> list[Row]:
-    """Rows of a folder of class folders, or of a flat folder of images."""
-    names, flat = _inside(folder)
-    names = [name for name in names if not _leads_up(os.path.join(folder, name))]
-    rows = [Row(f"{name}/{path}", (name,)) for name in names for path in _image_files(folder / name)]
-    if rows and flat:
-        notes.append(f"{len(flat)} images beside the class folders in {folder} are not used, "
-                     f"such as {flat[0]}")
-    return rows or [Row(name) for name in flat]
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(ENDINGS) and not name.startswith(".")
-
-
-def _inside(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the images in a folder, hidden ones left out."""
-    _, folders, files = next(os.walk(folder, onerror=_cant_list))
-    return sorted(d for d in folders if not d.startswith(".")), sorted(filter(_is_image, files))
+    return sorted(path.replace(os.sep, "/") for path in found)
 
 
 def _cant_list(error: OSError) -> None:
     raise DataError(f"folder {error.filename} can't be read: {error.strerror}")
 
 
-def _image_files(folder: Path) -> Iterator[str]:
-    """Paths of all images below `folder`, relative to it, sorted; links are followed once."""
-    seen, found = set(), []
-    for here, folders, files in os.walk(folder, onerror=_cant_list, followlinks=True):
-        real = os.path.realpath(here)
-        folders[:] = [d for d in folders if not d.startswith((".", "__MACOSX")) and real not in seen
-                      and not _leads_up(os.path.join(here, d))]
-        if real not in seen:
-            found += [os.path.relpath(os.path.join(here, f), folder) for f in files if _is_image(f)]
-        seen.add(real)
-    for path in found:
-        if any(letter in "\r\n" or "\ud800" <= letter <= "\udfff" for letter in path):  # fits into no CSV file; the
-            # second kind are bytes that are no UTF-8, from zips of old systems
-            raise DataError(f"the name of {ascii(os.path.join(folder, path))} is not plain text; rename that file")
-    return iter(sorted(path.replace(os.sep, "/") for path in found))
-
-
-def _leads_up(folder: str) -> bool:
-    """Whether this is a link to a folder that it lies in: all there would come again, under other labels."""
-    real = os.path.realpath(folder)
-    return os.path.islink(folder) and f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{real}/".replace("//", "/"))
+def _by_number(name: str) -> tuple:
+    """A key that sorts 2 before 10."""
+    pieces = re.split(r"(\d+)", name)
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
 
 
 def distinct_classes(classes: list[str]) -> list[str]:
-    """The same list, refused if two names differ by case or white space alone, or hold the separator."""
+    """The same list, refused if names differ by case or white space alone, or hold a |."""
     plain: dict[str, str] = {}
     for name in classes:
-        if (other := plain.setdefault(" ".join(name.lower().split()), name)) != name:
-            a, b = sorted((other, name))
-            raise DataError(f"classes {a!r} and {b!r} differ by white space or case alone; write them the same way")
-    for name in classes:
         if "|" in name:
-            raise DataError(f"class {name!r} has a | in its name, which separates labels; rename it")
+            raise DataError(f"class {name!r} has a | in its name, which separates labels; "
+                            "rename it")
+        other = plain.setdefault(" ".join(name.lower().split()), name)
+        if other != name:
+            a, b = sorted((other, name))
+            raise DataError(f"classes {a!r} and {b!r} differ by white space or case alone; "
+                            "write them the same way")
     return classes
 
 
-def read_table(file: Path, strip: bool = True) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The column names of a CSV file, and its lines as (number, cells by column), empty ones left
-    out: separators , ; or tab, quotes, a byte-order mark and any line ends. `strip` takes white space off the cells."""
+# %% tables
+
+Lines = list[tuple[int, dict[str, str]]]  # number of the line, cells by column
+
+
+def read_table(file: Path, strip: bool = True) -> tuple[list[str], Lines]:
+    """The column names of a CSV file, and its lines without the empty ones: separators , ; or
+    tab, quotes, a byte-order mark, any line ends. `strip` takes white space off the cells."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} can't be read: " + (error.strerror if isinstance(error, OSError) else
-                        "it is not UTF-8 text; save it as CSV UTF-8")) from None
+    except OSError as error:
+        raise DataError(f"{file} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is not UTF-8 text; save it as CSV UTF-8") from None
     head = next(filter(str.strip, text.splitlines()), "")
     table = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
     header, lines = [], []
     try:
         for cells in table:
+            where = f"{file} line {table.line_num}"
+            if not any(cell.strip() for cell in cells):
+                continue
             if any("\n" in cell for cell in cells):
-                raise DataError(f"{file} line {table.line_num} ends a cell that goes over several lines; is a quote unclosed?")
+                raise DataError(f"{where} ends a cell that goes over several lines; "
+                                "is a quote unclosed?")
             if not header:
-                header = [cell.strip() for cell in cells] if any(cell.strip() for cell in cells) else []
-            elif any(cell.strip() for cell in cells):
-                if len(cells) != len(header):
-                    raise DataError(f"{file} line {table.line_num} has {len(cells)} cells, not the "
-                                    f"{len(header)} of its first line")
-                lines.append((table.line_num, dict(zip(header, (c.strip() if strip else c for c in cells)))))
+                header = [cell.strip() for cell in cells]
+                continue
+            if len(cells) != len(header):
+                raise DataError(f"{where} has {len(cells)} cells, not the {len(header)} of its "
+                                "first line")
+            cells = [cell.strip() for cell in cells] if strip else cells
+            lines.append((table.line_num, dict(zip(header, cells))))
     except csv.Error as error:
-        raise DataError(f"{file} line {table.line_num} can't be read: {error}; is a quote unclosed?") from None
+        raise DataError(f"{file} line {table.line_num} can't be read: {error}; "
+                        "is a quote unclosed?") from None
     if len(set(header)) < len(header):
-        raise DataError(f"{file} needs distinct column names in its first line, not {', '.join(header)}")
+        raise DataError(f"{file} needs distinct column names in its first line, "
+                        f"not {', '.join(header)}")
     return header, lines
 
 
@@ -213,144 +233,125 @@ def _read_csv(folder: Path) -> ImageSet:
     """Read `labels.csv`."""
     file = folder / "labels.csv"
     header, lines = read_table(file)
-    if "image" not in header:
-        raise DataError(f"{file} needs a first line of column names, one of them `image`; it has "
-                        f"{', '.join(header) or 'none'}; for tables of another form see extras/prepare.py")
     columns = [name for name in header if name not in ("image", "group", "split")]
+    rows = [_csv_row(line, columns) for _, line in lines]
+    by_class = len(columns) > 1
+    classes = columns if by_class else sorted({x for row in rows for x in row.labels}, key=_by_number)
+    several = any(len(row.labels) > 1 for row in rows) or by_class and not all(
+        row.labels for row in rows)
+    for complaint in _complaints(folder, header, columns, lines, rows, several):
+        raise DataError(f"{file} {complaint}")
+    return ImageSet(folder, rows, distinct_classes(classes), several)
+
+
+def _csv_row(line: dict[str, str], columns: list[str]) -> Row:
+    """One line of labels.csv as it is; what is wrong with it, `_complaints` tells."""
+    path = line.get("image", "")
+    if path:
+        path = posixpath.normpath(path)  # ./a.png and a.png are one image
+    if len(columns) > 1:
+        labels = [name for name in columns if line[name] in ("1", "1.0")]
+    else:
+        labels = [label.strip() for name in columns for label in line[name].split("|")]
+    labels = tuple(dict.fromkeys(filter(None, labels)))
+    return Row(path, labels, line.get("group", ""), PART_NAMES.get(line.get("split", "").lower(), ""))
+
+
+def _complaints(folder: Path, header: list[str], columns: list[str], lines: Lines, rows: list[Row],
+                several: bool) -> Iterator[str]:
+    """All that is wrong with a labels.csv, the end of a sentence each."""
+    known = "known are image, group, split and either one column of labels or one per class"
+    if "image" not in header:
+        yield (f"needs a first line of column names, one of them `image`; it has "
+               f"{', '.join(header) or 'none'}; for tables of another form see extras/prepare.py")
     named = [name for name in columns if name.lower() in ("label", "labels")]
     if named and len(columns) > 1:
-        other = [name for name in columns if name != named[0]]
-        raise DataError(f"{file} has the unknown column {other[0]!r} beside {named[0]!r}; known are "
-                        "image, group, split and either one column of labels or one per class")
-    by_class = len(columns) > 1
-    rows = [_csv_row(file, number, line, columns, by_class) for number, line in lines]
-    _check_csv_files(folder, file, rows, [number for number, _ in lines])
-    classes = columns if by_class else sorted({label for row in rows for label in row.labels})
-    multi_label = any(len(row.labels) > 1 for row in rows) or by_class and any(
-        not row.labels for row in rows)
-    if columns and not multi_label:  # with several labels an image, an empty cell means none of them
-        for row, (number, _) in zip(rows, lines):
-            if not row.labels:
-                raise DataError(f"{file} line {number} has no label for {row.path}")
-    return ImageSet(folder, rows, distinct_classes(classes), multi_label)
-
-
-def _csv_row(file: Path, number: int, line: dict, columns: list[str], by_class: bool) -> Row:
-    """One line of labels.csv as a `Row`."""
-    split = line.get("split", "")
-    if split and split.lower() not in PART_NAMES:
-        raise DataError(f"{file} line {number} has split {split!r}; it must be train, val or test")
-    labels = []
-    for name in columns:
-        if not by_class:
-            labels = list(dict.fromkeys(x.strip() for x in line[name].split("|") if x.strip()))
-        elif line[name] in ("1", "1.0"):
-            labels.append(name)
-        elif line[name] not in ("0", "0.0"):
-            raise DataError(f"{file} line {number}, column {name!r} holds {line[name]!r}; with several "
-                            "class columns each cell must be 0 or 1; known besides are "
-                            "image, group and split")
-    path = posixpath.normpath(line["image"]) if line["image"] else ""  # ./a.png and a.png are one image
-    if posixpath.isabs(path):
-        raise DataError(f"{file} line {number} names {path}; write it relative to the folder of the table")
-    return Row(path, tuple(labels), line.get("group", ""), PART_NAMES.get(split.lower(), ""))
-
-
-def _check_csv_files(folder: Path, file: Path, rows: list[Row], numbers: list[int]) -> None:
-    """Every image there, no image twice, split and group given for all rows or for none."""
+        other = next(name for name in columns if name != named[0])
+        yield f"has the unknown column {other!r} beside {named[0]!r}; {known}"
     if not rows:
-        raise DataError(f"{file} has no rows below its first line")
+        yield "has no rows below its first line"
     first: dict[str, int] = {}
-    for row, number in zip(rows, numbers):
+    for (number, line), row in zip(lines, rows):
+        where = f"line {number}"
+        if line.get("split") and not row.split:
+            yield f"{where} has split {line['split']!r}; it must be train, val or test"
+        for name in columns if len(columns) > 1 else ():
+            if line[name] not in ("0", "0.0", "1", "1.0"):
+                yield (f"{where}, column {name!r} holds {line[name]!r}; with several class columns "
+                       f"each cell must be 0 or 1; {known}")
+        if posixpath.isabs(row.path):
+            yield f"{where} names {row.path}; write it relative to the folder of the table"
         if row.path in first:
-            raise DataError(f"{file} lines {first[row.path]} and {number} both name {row.path}; "
-                            "keep one of them")
+            yield f"lines {first[row.path]} and {number} both name {row.path}; keep one of them"
         first[row.path] = number
         if not row.path or not (folder / row.path).is_file():
-            raise DataError(f"{file} line {number} names {row.path or 'no image'}, "
-                            f"which is not in {folder}")
+            yield f"{where} names {row.path or 'no image'}, which is not in {folder}"
         for column in ("group", "split"):
             if bool(getattr(row, column)) != bool(getattr(rows[0], column)):
-                raise DataError(f"{file} line {number}: column {column} must be filled in for every "
-                                "image or for none")
+                yield f"{where}: column {column} must be filled in for every image or for none"
+        if columns and not several and not row.labels:  # else an empty cell means: none of them
+            yield f"{where} has no label for {row.path}"
 
 
 # %% splitting
 
 
-def split_images(images: ImageSet, *, by: str = "auto", seed: int = 0,
-                 ratios: tuple[float, float, float] = (0.7, 0.1, 0.2)) -> ImageSet:
+def split_images(images: ImageSet, *, seed: int = 0,
+                 ratios: tuple[float, ...] = (0.7, 0.1, 0.2)) -> ImageSet:
     """Give every row its part: the folder's own split where it has one (paper, 4.3), with a
     missing validation part carved from training, an eighth of it; else by `ratios`, stratified.
-
-    `by` is `image` or `group`; `auto` keeps groups (patients) together where they are known.
-    """
-    if by == "auto":
-        by = "group" if images.rows[0].group else "image"
-    if by == "group" and not images.rows[0].group:
-        raise DataError(f"{images.folder} names no groups; give labels.csv a column `group`, or "
-                        "take --split image")
+    Groups (patients) stay together where they are known."""
     rows, notes = list(images.rows), list(images.notes)
+    free, shares = range(len(rows)), ratios
     if rows[0].split:
-        if not any(row.split == "val" for row in rows):
-            train = [i for i, row in enumerate(rows) if row.split == "train"]
-            for i, part in zip(train, _stratify(images, [rows[i] for i in train], by, (7 / 8, 1 / 8), seed)):
-                rows[i] = replace(rows[i], split=PARTS[part])
-    else:
-        parts = _stratify(images, rows, by, ratios, seed)
-        rows = [replace(row, split=PARTS[part]) for row, part in zip(rows, parts)]
+        whole = any(row.split == "val" for row in rows)
+        free = [] if whole else [i for i, row in enumerate(rows) if row.split == "train"]
+        shares = (7 / 8, 1 / 8)
+    parts = _stratify(images, [rows[i] for i in free], shares, seed) if free else []
+    for i, part in zip(free, parts):
+        rows[i] = replace(rows[i], split=PARTS[part])
     for part in PARTS:
         here = {label for row in rows if row.split == part for label in row.labels}
-        if missing := [c for c in images.classes if c not in here]:
+        if missing := [name for name in images.classes if name not in here]:
             notes.append(f"the {part} part has no image of {', '.join(missing)}")
     return replace(images, rows=rows, notes=notes)
 
 
-def _stratify(images: ImageSet, rows: list[Row], by: str, ratios: tuple[float, ...],
-              seed: int) -> list[int]:
-    """The part of each row, shares as in `ratios`, for one label an image or several (iterative
-    stratification: Sechidis et al. 2011): the rarest class first, each unit to the part that
-    lacks most of it. A unit is an image or a group."""
+def _stratify(images: ImageSet, rows: list[Row], shares: tuple[float, ...], seed: int) -> list[int]:
+    """The part of each row, for one label an image or several: units (images or groups) of the
+    rarest class first, each to the part that lacks most of it (after Sechidis et al. 2011)."""
     units: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        units.setdefault(row.group if by == "group" else str(i), []).append(i)
-    truth = images.truth(rows)
+        units.setdefault(row.group or str(i), []).append(i)
     members = list(units.values())
-    counts = np.stack([truth[m].sum(0) for m in members])
-    sizes = np.array([len(m) for m in members], float)
-    shares = np.array(ratios) / sum(ratios)
-    need, room = np.outer(shares, counts.sum(0)), shares * len(rows)
+    truth = np.c_[images.truth(rows), np.ones(len(rows))]  # the last column counts images
+    counts = np.array([truth[unit].sum(0) for unit in members])
+    total = counts.sum(0)
+    lack = np.outer(shares, total)  # (parts, classes and one)
+    rarest = np.where(counts > 0, total, np.inf).argmin(1)
     order = np.random.default_rng(seed).permutation(len(members))
-    order = order[np.argsort(-sizes[order], kind="stable")]  # large groups while there is room
-    part = np.full(len(members), -1)
-    while (part < 0).any():
-        left = counts[part < 0].sum(0)
-        rarest = np.argmin(np.where(left > 0, left, np.inf)) if left.any() else None
-        for u in order:
-            if part[u] < 0 and (rarest is None or counts[u, rarest] > 0):
-                lack = room if rarest is None else need[:, rarest]
-                p = max(range(len(shares)), key=lambda p: (lack[p] > 1e-9, round(lack[p], 9), room[p]))
-                part[u] = p
-                need[p] -= counts[u]
-                room[p] -= sizes[u]
+    order = sorted(order, key=lambda unit: (total[rarest[unit]], -counts[unit, -1]))
     result = [0] * len(rows)
-    for m, p in zip(members, part):
-        for i in m:
-            result[i] = int(p)
+    for unit in order:
+        wanted = lack[:, [rarest[unit], -1]].round(9).tolist()
+        part = wanted.index(max(wanted))
+        lack[part] -= counts[unit]
+        for i in members[unit]:
+            result[i] = part
     return result
 
 
 def label_fraction(images: ImageSet, rows: list[Row], fraction: float, seed: int) -> list[Row]:
     """The share `fraction` of `rows` whose labels may be used: stratified, and nested, so that a
-    smaller share lies inside a larger one of the same seed. Each class comes once, as far as there
-    is any, before one comes twice."""
+    smaller share lies inside a larger one of the same seed. Each class comes once, as far as
+    there is any, before one comes twice."""
     truth = images.truth(rows)
     truth = np.c_[truth, truth.sum(1) == 0]  # images without any class count as one more class
     total, count = truth.sum(0), np.zeros(truth.shape[1])
     order = np.random.default_rng(seed).permutation(len(rows))
     queues = [[i for i in order[::-1] if truth[i, k]] for k in range(len(total))]
     wanted = max(round(fraction * len(rows)), int((total > 0).sum()))
-    taken: dict[int, None] = {}
+    taken: set[int] = set()
     while len(taken) < min(wanted, len(rows)):
         lack = total * (len(taken) + 1) / len(rows) - count
         once = (count == 0) & (total > 0)
@@ -358,7 +359,7 @@ def label_fraction(images: ImageSet, rows: list[Row], fraction: float, seed: int
         lack[[not queue for queue in queues]] = -np.inf
         i = queues[int(lack.argmax())].pop()
         if i not in taken:
-            taken[i] = None
+            taken.add(i)
             count += truth[i]
     return [rows[i] for i in sorted(taken)]
 
@@ -368,9 +369,10 @@ def write_split(file: Path, images: ImageSet) -> None:
     image was ever seen."""
     aside = file.with_name(file.name + ".tmp")
     with open(aside, "w", newline="", encoding="utf-8") as handle:
-        csv.writer(handle).writerows(
-            [("path", "split", "labels", "group"),
-             *((r.path, r.split, "|".join(r.labels), r.group) for r in images.rows)])
+        writer = csv.writer(handle)
+        writer.writerow(("path", "split", "labels", "group"))
+        for row in images.rows:
+            writer.writerow((row.path, row.split, "|".join(row.labels), row.group))
     os.replace(aside, file)
 
 
@@ -380,13 +382,14 @@ def read_split(file: Path, images: ImageSet) -> ImageSet:
     known, rows = {row.path: row for row in images.rows}, []
     labelled = any(line.get("labels") for _, line in table)  # else made before there were labels
     for number, line in table:
-        row = known.get(line.get("path") or "")
+        row = known.get(line.get("path", ""))
         if row is None or line.get("split") not in PARTS:
             raise DataError(f"{file} line {number} names {line.get('path')!r} in part "
-                            f"{line.get('split')!r}, which does not fit {images.folder}: the split "
-                            "belongs to another data set, or that one has changed")
-        if labelled and tuple(filter(None, (line.get("labels") or "").split("|"))) != row.labels:
-            raise DataError(f"{file} line {number}: {row.path} has other labels in {images.folder} now")
+                            f"{line.get('split')!r}, which does not fit {images.folder}: the "
+                            "split belongs to another data set, or that one has changed")
+        if labelled and line.get("labels", "") != "|".join(row.labels):
+            raise DataError(f"{file} line {number}: {row.path} has other labels in "
+                            f"{images.folder} now")
         rows.append(replace(row, split=line["split"]))
     if not rows or len({row.path for row in rows}) < len(rows):
         raise DataError(f"{file} is empty or names an image twice")
@@ -398,10 +401,10 @@ def read_split(file: Path, images: ImageSet) -> ImageSet:
 # %% images
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Any supported file as 8-bit RGB: grey, palette, alpha (over black), CMYK; 16-bit and float
-    grey is scaled by its own range; the first page of several; turned upright as its EXIF says.
-    Raises `DataError`, naming the file."""
+def load_image(path: str | Path, window: tuple[float, float] | None = None) -> Image.Image:
+    """Any supported file as 8-bit RGB: grey, palette, alpha (over black), CMYK; the first page of
+    several; turned upright as its EXIF says. Grey of more than 8 bits is scaled by `window`, or
+    by the image's own range. Raises `DataError`, naming the file."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -409,20 +412,26 @@ def load_image(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise DataError(f"{path} is not there") from None
     except Image.DecompressionBombError:
-        raise DataError(f"{path} has more pixels than is safe to decode; make it smaller first") from None
+        raise DataError(f"{path} has more pixels than is safe to decode; "
+                        "make it smaller first") from None
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
-        raise DataError(f"{path} can't be read as an image ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())[:80]}); mend or remove it, or add --skip-bad") from None
+        words = " ".join(str(error).split())[:80]
+        raise DataError(f"{path} can't be read as an image ({type(error).__name__}: {words}); "
+                        "mend or remove it, or add --skip-bad") from None
     if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image, np.float64)
-        finite = pixels[np.isfinite(pixels)]
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-        pixels = np.nan_to_num(pixels, nan=low, posinf=high, neginf=low)
-        image = Image.fromarray(((pixels - low) * (255 / ((high - low) or 1))).round().astype(np.uint8))
+        image = _to_bytes(np.asarray(image, np.float64), window)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image)
     return image.convert("RGB")
+
+
+def _to_bytes(pixels: np.ndarray, window: tuple[float, float] | None) -> Image.Image:
+    finite = pixels[np.isfinite(pixels)]
+    low, high = window or ((finite.min(), finite.max()) if finite.size else (0, 0))
+    pixels = np.nan_to_num(pixels, nan=low, posinf=high, neginf=low).clip(low, high)
+    return Image.fromarray(((pixels - low) * (255 / ((high - low) or 1))).round().astype(np.uint8))
 
 
 def good_rows(images: ImageSet) -> ImageSet:
@@ -460,28 +469,30 @@ def augmentation(size: int, name: str = "cass") -> Callable[[Image.Image], torch
         steps += [one_of(v2.RandomPerspective(0.2, p=1.0, interpolation=bilinear)),
                   one_of(v2.RandomAffine(10, interpolation=bilinear)),
                   v2.RandomHorizontalFlip(0.3), v2.RandomVerticalFlip(0.3)]
-        if "blur" in name:
-            kernel = 2 * (size // 20) + 1  # BYOL: 23 of 224 pixels
-            steps.append(v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=0.2))
-        if "solarize" in name:
-            steps.append(v2.RandomSolarize(128, p=0.2))
-    # A PIL image comes channels last; put in order first, the rest takes half the time, for equal bits.
-    return v2.Compose([*steps, v2.ToImage(), torch.Tensor.contiguous, v2.ToDtype(torch.float32, scale=True),
-                       v2.Normalize(MEAN, STD, inplace=True)])
+    if "blur" in name:
+        kernel = 2 * (size // 20) + 1  # BYOL: 23 of 224 pixels
+        steps.append(v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=0.2))
+    if "solarize" in name:
+        steps.append(v2.RandomSolarize(128, p=0.2))
+    # A PIL image comes channels last; put in order first, the rest takes half the time.
+    return v2.Compose([*steps, v2.ToImage(), torch.Tensor.contiguous,
+                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD, inplace=True)])
 
 
 # %% loading
 
 
 class ImageRows(Dataset):
-    """Images of `rows`, asked for by (epoch, index): the augmentation of image i in epoch e is
-    drawn from a stream seeded by (seed, e, i), so workers, a cache or a pause change nothing."""
+    """Images of `rows`, with their labels `(K,)` if `labelled`, asked for by (epoch, index): the
+    augmentation of image i in epoch e is drawn from a stream seeded by (seed, e, i), so workers,
+    a cache or a pause change nothing."""
 
-    def __init__(self, folder: Path, rows: list[Row], transform: Callable, seed: int = 0,
-                 truth: np.ndarray | None = None, cache: "ImageCache | None" = None) -> None:
-        self.folder, self.paths = folder, [row.path for row in rows]
+    def __init__(self, images: ImageSet, rows: list[Row], transform: Callable, seed: int = 0,
+                 labelled: bool = False, cache: "ImageCache | None" = None) -> None:
+        self.folder, self.window = images.folder, images.window
+        self.paths = [row.path for row in rows]
         self.transform, self.seed, self.cache = transform, seed, cache
-        self.truth = None if truth is None else torch.from_numpy(truth)
+        self.truth = torch.from_numpy(images.truth(rows)) if labelled else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -489,7 +500,7 @@ class ImageRows(Dataset):
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
         path = self.paths[index]
-        image = self.cache[path] if self.cache else load_image(self.folder / path)
+        image = self.cache[path] if self.cache else load_image(self.folder / path, self.window)
         stream = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):  # the training loop's own stream stays as it was
             torch.default_generator.manual_seed(int(stream >> 1))
@@ -500,13 +511,16 @@ class ImageRows(Dataset):
 class EpochBatches:
     """Batches of (epoch, index); the order of epoch e is a permutation seeded by (seed, e)."""
 
-    def __init__(self, images: int, batch_size: int, seed: int, shuffle: bool, drop_last: bool) -> None:
-        self.images, self.seed, self.shuffle, self.epoch, self.skip = images, seed, shuffle, 0, 0
-        size = min(batch_size, images)
-        stops = list(range(size, images + 1, size))
-        if stops[-1] < images and not drop_last:
-            # Batch norm can't train on one image: a last batch of one joins the one before.
-            stops[-1:] = [images] if images - stops[-1] == 1 and shuffle else [stops[-1], images]
+    def __init__(self, images: int, batch_size: int, seed: int, shuffle: bool,
+                 drop_last: bool) -> None:
+        self.images, self.size = images, min(batch_size, images)
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+        stops = list(range(self.size, images + 1, self.size))
+        left = images - stops[-1]
+        if left == 1 and shuffle and not drop_last:  # batch norm can't train on one image:
+            stops[-1] = images  # a last batch of one joins the one before
+        elif left and not drop_last:
+            stops.append(images)
         self.bounds = list(zip([0, *stops], stops))
 
     def __len__(self) -> int:
@@ -516,16 +530,23 @@ class EpochBatches:
         order = np.arange(self.images)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.images)
-        for begin, end in self.bounds[self.skip:]:
+        for begin, end in self.bounds:
             yield [(self.epoch, int(i)) for i in order[begin:end]]
 
 
 class EpochLoader(DataLoader):
     """A DataLoader whose order and augmentation follow from (seed, epoch) alone."""
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Say which epoch comes next, and how many of its batches to leave out (on resuming)."""
-        self.batch_sampler.epoch, self.batch_sampler.skip = epoch, skip
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next, from 0."""
+        self.batch_sampler.epoch = epoch
+
+    def __iter__(self) -> Iterator:
+        batches = super().__iter__()
+        if not (self.batch_sampler.shuffle and sys.stdout.isatty()):
+            return batches
+        return iter(tqdm(batches, f"epoch {self.batch_sampler.epoch + 1}", len(self), leave=False,
+                         unit=" images", unit_scale=self.batch_sampler.size))
 
 
 def make_loader(dataset: Dataset, batch_size: int, *, seed: int = 0, shuffle: bool = True,
@@ -535,15 +556,7 @@ def make_loader(dataset: Dataset, batch_size: int, *, seed: int = 0, shuffle: bo
     return EpochLoader(dataset, batch_sampler=batches, num_workers=workers,
                        persistent_workers=workers > 0, worker_init_fn=_quiet_worker,
                        pin_memory=torch.cuda.is_available(),
-                       generator=torch.Generator())  # else each pass draws from the global stream
-
-
-def probe_loaders(images: ImageSet, size: int, batch_size: int, workers: int,
-                  cache: "ImageCache | None" = None) -> tuple[EpochLoader, EpochLoader]:
-    """The training and the validation part with labels, in order and without augmentation."""
-    return tuple(make_loader(ImageRows(images.folder, rows, augmentation(size, "none"), truth=images.truth(rows),
-                                       cache=cache), batch_size, shuffle=False, workers=workers)
-                 for rows in (images.part("train"), images.part("val")))
+                       generator=torch.Generator())  # else it draws from the global stream
 
 
 def _quiet_worker(_: int) -> None:
@@ -557,64 +570,54 @@ def _quiet_worker(_: int) -> None:
 
 
 class ImageCache:
-    """The images of a data set resized to `(size, size)`: one uint8 array `(N, size, size, 3)` in a
-    file in `folder`, mapped into memory. Resizing is the first step of every augmentation, so
+    """The images of a data set resized to `(size, size)`: one uint8 array `(N, size, size, 3)` in
+    a file in `folder`, mapped into memory. Resizing is the first step of every augmentation, so
     what comes out of the others is the same to the bit.
 
-    The file's name is a hash of what it was made from, so a changed image makes another file. It is
-    written aside and renamed: what bears the name is whole, whoever else builds it or was killed.
-    A checksum of each image stands at the end: one that was damaged later is read from its own file.
-    Raises `DataError`.
+    The file's name is a hash of what it was made from, so a changed image makes another file. It
+    is written aside and renamed when whole, whoever else builds it. Raises `DataError`.
     """
 
     def __init__(self, images: ImageSet, size: int, folder: Path, workers: int = 0) -> None:
         paths = sorted(row.path for row in images.rows)
         self.index, self.shape = {path: i for i, path in enumerate(paths)}, (size, size, 3)
-        key = hashlib.sha256(repr((images.folder.resolve(), self.shape, PIL.__version__)).encode())
+        made_from = [images.folder.resolve(), self.shape, images.window, PIL.__version__]
         for path in paths:
             try:
                 facts = os.stat(images.folder / path)
             except OSError as error:
                 raise DataError(f"{images.folder / path} can't be read: {error.strerror}") from None
-            key.update(repr((path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)).encode())
-        self.file, self.folder = folder / f"images-{size}-{key.hexdigest()[:32]}.uint8", images.folder
-        self.resize = v2.Resize((size, size), v2.InterpolationMode.BILINEAR)
-        bytes_needed = len(paths) * (size * size * 3 + 4)
-        if not self.file.is_file() or self.file.stat().st_size != bytes_needed:
+            made_from.append((path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
+        key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:32]
+        self.file = folder / f"images-{size}-{key}.uint8"
+        whole = len(paths) * size * size * 3
+        if not self.file.is_file() or self.file.stat().st_size != whole:
             try:
-                self._build(images, bytes_needed, workers)
+                self._build(images, whole, workers)
             except OSError as error:
                 raise DataError(f"--cache {folder} can't be written: {error.strerror}") from None
-        self.checksums = np.fromfile(self.file, np.uint32, offset=len(paths) * size * size * 3)
 
     def __getitem__(self, path: str) -> Image.Image:
         # Mapped anew each time: a map does not survive the way to a worker process.
-        number = self.index[path]
-        pixels = np.memmap(self.file, np.uint8, "r", number * self.shape[0] * self.shape[1] * 3, self.shape)
-        if zlib.crc32(pixels) != self.checksums[number]:
-            return self.resize(load_image(self.folder / path))
-        return Image.fromarray(pixels)
+        offset = self.index[path] * int(np.prod(self.shape))
+        return Image.fromarray(np.memmap(self.file, np.uint8, "r", offset, self.shape))
 
-    def _build(self, images: ImageSet, bytes_needed: int, workers: int) -> None:
+    def _build(self, images: ImageSet, whole: int, workers: int) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        for old in self.file.parent.glob("images-*.tmp"):  # of runs that were killed
-            with contextlib.suppress(OSError):
-                if time.time() - old.stat().st_mtime > 24 * 3600:
-                    old.unlink()
-        if (free := shutil.disk_usage(self.file.parent).free) < bytes_needed:
+        free = shutil.disk_usage(self.file.parent).free
+        if free < whole:
             raise DataError(f"--cache {self.file.parent} has {free / 1e9:.1f} GB left, and "
-                            f"{bytes_needed / 1e9:.1f} are needed")
-        rows = ImageRows(images.folder, [Row(path) for path in self.index], v2.Compose([self.resize, np.array]))
-        loader = make_loader(rows, 32, shuffle=False, workers=workers)
+                            f"{whole / 1e9:.1f} are needed")
+        resize = v2.Resize(self.shape[:2], v2.InterpolationMode.BILINEAR)
+        rows = [Row(path) for path in self.index]
+        dataset = ImageRows(images, rows, v2.Compose([resize, np.array]))
+        loader = make_loader(dataset, 32, shuffle=False, workers=workers)
         aside = self.file.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        checksums: list[int] = []
-        print(f"writing {len(rows)} images, {bytes_needed / 1e9:.1f} GB, to the cache {self.file}")
+        print(f"writing {len(rows)} images, {whole / 1e9:.1f} GB, to the cache {self.file}")
         try:
             with open(aside, "wb") as file:
                 for batch in tqdm(loader, unit="batch", disable=not sys.stdout.isatty()):
                     file.write(batch.numpy())
-                    checksums += [zlib.crc32(pixels) for pixels in batch.numpy()]
-                file.write(np.array(checksums, np.uint32))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, self.file)
@@ -628,19 +631,20 @@ class ImageCache:
 def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options of every command that reads images."""
     add = parser.add_argument
-    add("--data", type=Path, required=required, help="folder of images; `python data.py --data DIR` "
-        "shows how it is read")
-    add("--split", default="auto", choices=("auto", "image", "group"),
-        help="split by image, or keep groups such as patients together; auto: by group where "
-             "labels.csv has that column (the paper does not say)")
+    add("--data", type=_folder, required=required,
+        help="folder of images; `python data.py --data DIR` shows how it is read")
     add("--ratios", type=ratios, default=(0.7, 0.1, 0.2), metavar="T,V,T",
         help="shares of training, validation and test where the folder has no split of its own "
              "(paper: 0.7,0.1,0.2; its first version: 0.8,0.1,0.1)")
     add("--split-seed", type=int, default=0, help="fixes the split (default: %(default)s)")
-    add("--split-file", type=Path, metavar="FILE", help="take the parts from a split.csv (of a run, or of "
-        "extras.audit) in place of --split; images it does not name are left out")
-    add("--skip-bad", action="store_true", help="decode every image first, leave out and count "
-        "the damaged ones")
+    add("--split-file", type=Path, metavar="FILE", help="take the parts from a split.csv (of a "
+        "run, or of extras.audit); images it does not name are left out")
+    add("--skip-bad", action="store_true",
+        help="decode every image first, leave out and count the damaged ones")
+
+
+def _folder(text: str) -> Path:
+    return Path(text).expanduser()  # a shell leaves --data=~/images as it is
 
 
 def ratios(text: str) -> tuple[float, ...]:
@@ -650,7 +654,8 @@ def ratios(text: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if len(values) != 3 or min(values) < 0 or not values[0] or not abs(sum(values) - 1) <= 1e-6:
-        raise argparse.ArgumentTypeError(f"{text} is not three shares that sum to 1, like 0.7,0.1,0.2")
+        raise argparse.ArgumentTypeError(f"{text} is not three shares that sum to 1, like "
+                                         "0.7,0.1,0.2")
     return values
 
 
@@ -661,40 +666,42 @@ def open_images(args: argparse.Namespace) -> ImageSet:
         images = read_split(args.split_file, images)
     if args.skip_bad:
         images = good_rows(images)
-    return images if args.split_file else split_images(images, by=args.split, ratios=args.ratios, seed=args.split_seed)
+    if args.split_file:
+        return images
+    return split_images(images, seed=args.split_seed, ratios=args.ratios)
 
 
-def describe(images: ImageSet) -> Iterable[str]:
+def describe(images: ImageSet) -> Iterator[str]:
     """Lines that tell what was found, for a person."""
     kind = "several labels an image" if images.multi_label else "one label an image"
-    groups = {row.group for row in images.rows if row.group}
-    yield (f"{images.folder}: {len(images.rows)} images, "
-           + (f"{len(images.classes)} classes, {kind}" if images.classes else "no labels")
-           + (f", {len(groups)} groups" if groups else ""))
-    width = max([len(c) for c in images.classes] + [9])
-    yield f"  {'':{width}} " + "".join(f"{part:>8}" for part in PARTS) + f"{'all':>8}"
-    per = {part: Counter(label for row in images.part(part) for label in row.labels) for part in PARTS}
-    for name in images.classes:
-        counts = [per[part][name] for part in PARTS]
-        yield f"  {name:{width}} " + "".join(f"{n:8,}" for n in (*counts, sum(counts)))
-    counts = [len(images.part(part)) for part in PARTS]
-    yield f"  {'images':{width}} " + "".join(f"{n:8,}" for n in (*counts, sum(counts)))
+    classes = f"{len(images.classes)} classes, {kind}" if images.classes else "no labels"
+    groups = len({row.group for row in images.rows if row.group})
+    yield f"{images.folder}: {len(images.rows)} images, {classes}" + (
+        f", {groups} groups" if groups else "")
+    parts = [*(images.part(part) for part in PARTS), images.rows]
+    counts = [Counter(label for row in rows for label in row.labels) for rows in parts]
+    table = [(name, [count[name] for count in counts]) for name in images.classes]
+    table.append(("images", [len(rows) for rows in parts]))
     if groups:
-        counts = [len({row.group for row in images.part(part)}) for part in PARTS]
-        yield f"  {'groups':{width}} " + "".join(f"{n:8,}" for n in (*counts, len(groups)))
+        table.append(("groups", [len({row.group for row in rows}) for rows in parts]))
+    width = max(len(name) for name, _ in table)
+    yield f"  {'':{width}} " + "".join(f"{part:>8}" for part in (*PARTS, "all"))
+    for name, numbers in table:
+        yield f"  {name:{width}} " + "".join(f"{number:8,}" for number in numbers)
     sizes, modes = Counter(), Counter()
-    for row in images.rows[:: max(1, len(images.rows) // 2000)]:  # headers only; 2,000 are enough
+    for row in images.rows[:: max(1, len(images.rows) // 2000)]:  # headers; 2,000 are enough
         try:
             with Image.open(images.folder / row.path) as image:
-                sizes[image.size] += 1
+                sizes[f"{image.width} x {image.height}"] += 1
                 modes[image.mode] += 1
         except Exception:
             modes["unreadable"] += 1
-    yield "  sizes: " + ", ".join(f"{w} x {h} ({n})" for (w, h), n in sizes.most_common(4)) + (
-        f" and {len(sizes) - 4} more" if len(sizes) > 4 else "")
-    yield "  modes: " + ", ".join(f"{mode} ({n})" for mode, n in modes.most_common())
+    for name, seen in (("sizes", sizes), ("modes", modes)):
+        more = f" and {len(seen) - 4} more" if len(seen) > 4 else ""
+        yield f"  {name}: " + ", ".join(f"{x} ({n})" for x, n in seen.most_common(4)) + more
     for row in images.rows[:: max(1, len(images.rows) // 3)][:3]:
-        yield "  e.g. " + "  ".join(filter(None, (row.path, "|".join(row.labels), row.group, row.split)))
+        facts = (row.path, "|".join(row.labels), row.group, row.split)
+        yield "  e.g. " + "  ".join(filter(None, facts))
     for note in images.notes:
         yield f"  note: {note}"
 
