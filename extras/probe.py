@@ -1,0 +1,180 @@
+"""How much do frozen features know? Nearest neighbours and a linear classifier on them.
+
+    python -m extras.probe --weights runs/cass-mri --data ./mri
+    python -m extras.probe --every 5 cass.py --data ./mri --epochs 50
+
+The first scores the networks of a run; the second runs a pretraining command and adds the scores of
+every fifth epoch to its log. Labels are used to look with: no network is trained on them.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cass import cass_options, run_cass
+from data import (DataError, ImageCache, ImageRows, ImageSet, augmentation, make_loader,
+                  open_images, read_images, read_split)
+from dino import dino_options, run_dino
+from metrics import decide, score
+from runtime import (UserError, clear_exit, command_parser, load_network, network_files,
+                     pick_device, pick_workers, positive, read_network)
+
+METHODS = {"cass": (cass_options, run_cass), "dino": (dino_options, run_dino)}
+
+# %% scores of features
+
+
+@torch.no_grad()
+def network_features(network: nn.Module, train: Iterable, validation: Iterable) -> list[tuple]:
+    """[(features `(N, F)`, truth `(N, K)`) of `train`, of `validation`]: pooled, before the head.
+
+    Batches are (images, multi-hot truth). Batch-norm statistics, in training behind and before it
+    unset, are computed anew. The network, here copied, and the random streams stay as they are."""
+    device, network = next(network.parameters()).device, copy.deepcopy(network)
+    found = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.optim.swa_utils.update_bn(train, network, device)
+        network.eval()
+        for loader in (train, validation):
+            features, truth = [], []
+            for images, labels in loader:
+                maps = network.forward_features(images.to(device))
+                features.append(network.forward_head(maps, pre_logits=True).double().cpu())
+                truth.append(labels)
+            found.append((torch.cat(features), torch.cat(truth)))
+    return found
+
+
+def fit_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """Ridge regression of centred `y` `(N, K)` on centred `x` `(N, F)`: weights `(F, K)`, penalty.
+
+    The penalty has the lowest squared error on images left out, one at a time. That needs no
+    second fit: leaving out image i makes its residual r_i into r_i / (1 - h_i), where h_i, its
+    leverage, is the share of its own label in its prediction. A fixed penalty is worst with as
+    many features as images: then a network that collapses, and so has fewer, seems to improve."""
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    penalties = (len(x) * torch.logspace(-4, 4, 33)).tolist()
+    errors = []
+    for penalty in penalties:
+        kept = s.square() / (s.square() + penalty)  # how much of each direction is used
+        residual = y - u @ (kept[:, None] * (u.T @ y))
+        leverage = 1 / len(x) + u.square() @ kept  # the mean, taken off before, is a fit too
+        errors.append((residual / (1 - leverage)[:, None]).square().mean().item())
+    best = penalties[errors.index(min(errors))]
+    return v.T @ ((s / (s.square() + best))[:, None] * (u.T @ y)), best
+
+
+def probe_scores(train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor],
+                 multi_label: bool, neighbours: int = 20) -> dict[str, float]:
+    """What simple classifiers on features reach on `validation`: macro F1, pooled for multi-label.
+
+    knn: the mean labels of the nearest training images by cosine. linear: `fit_ridge`. guess: the
+    most frequent answer for every image, to compare with. No random number is drawn."""
+    (x, y), (z, truth) = train, validation
+    noise = 1e-5 * x.abs().amax(0) + 1e-12  # what differs by less is rounding, not a feature
+    mean, spread = x.mean(0), x.std(0, correction=0).maximum(noise)
+    x, z, y = (x - mean) / spread, (z - mean) / spread, y.double()
+    unit_x, unit_z = nn.functional.normalize(x, dim=1), nn.functional.normalize(z, dim=1)
+    nearest = (unit_z @ unit_x.T).topk(min(neighbours, len(x))).indices  # (N, neighbours)
+    weights, _ = fit_ridge(x, y - y.mean(0))
+    answers = {"knn": y[nearest].mean(1), "linear": z @ weights + y.mean(0),
+               "guess": y.mean(0).expand_as(truth)}
+    scores = {}
+    for name, values in answers.items():
+        decided = decide(values.numpy(), "threshold" if multi_label else "argmax")
+        classes = [""] * decided.shape[1]
+        scores[name] = score(truth.numpy(), decided, classes, multi_label)["headline"]
+    return scores
+
+
+# %% the command
+
+
+def probe_loaders(images: ImageSet, size: int, batch_size: int, workers: int = 0,
+                  cache: ImageCache | None = None) -> tuple[Iterable, Iterable]:
+    """The training and the validation part with labels, in order and without augmentation."""
+    if not images.classes or not images.part("val"):
+        raise UserError(f"{images.folder} has no labels or no validation part, as probes need")
+    loaders = []
+    for part in ("train", "val"):
+        dataset = ImageRows(images, images.part(part), augmentation(size, "none"),
+                            labelled=True, cache=cache)
+        loaders.append(make_loader(dataset, batch_size, shuffle=False, workers=workers))
+    return tuple(loaders)
+
+
+def look_into(args: argparse.Namespace, every: int) -> Callable[[int, dict[str, nn.Module]], dict]:
+    """A `look` for `run_cass` or `run_dino` with options `args`: scores of every so many epochs."""
+    images, workers = open_images(args), pick_workers(args.workers, pick_device(args.device))
+    probe_loaders(images, args.image_size, args.batch_size)  # a complaint comes before all else
+
+    def look(epoch: int, networks: dict[str, nn.Module]) -> dict[str, float]:
+        if epoch % every and epoch != args.epochs:
+            return {}
+        cache = args.cache and ImageCache(images, args.image_size, args.cache, workers)
+        loaders = probe_loaders(images, args.image_size, args.batch_size, workers, cache)
+        row = {}
+        for name, network in networks.items():
+            scores = probe_scores(*network_features(network, *loaders), images.multi_label)
+            row |= {f"{name}_{probe}": scores[probe] for probe in ("knn", "linear")}
+        return row
+    return look
+
+
+def probe_run(weights: Path, images: ImageSet, args: argparse.Namespace) -> None:
+    """Print a row for each network of a run, scored on the split it was pretrained with."""
+    files = network_files(weights)
+    split = read_split(files[0].parent / "split.csv", images)
+    device = pick_device(args.device)
+    workers = pick_workers(args.workers, device)
+    for file in files:
+        saved = read_network(file)
+        split.window = saved["window"]
+        network = load_network(file, saved["image_size"]).to(device)
+        loaders = probe_loaders(split, network.image_size, args.batch_size, workers)
+        train, validation = network_features(network, *loaders)
+        scores = probe_scores(train, validation, split.multi_label)
+        print(f"{str(file)[-40:]:42}{saved['arch'][:28]:30}{train[0].shape[1]:6d}"
+              f"{scores['knn']:7.3f}{scores['linear']:8.3f}", flush=True)
+    print(f"{'the same answer for every image':78}{scores['guess']:7.3f}{scores['guess']:8.3f}")
+
+
+def probe_options() -> argparse.ArgumentParser:
+    parser = command_parser("python -m extras.probe", "Score simple classifiers on features.")
+    add = parser.add_argument
+    add("--weights", type=Path, action="append", metavar="RUN|FILE",
+        help="a run folder, or a file of weights in one; may be given several times")
+    add("--data", type=Path, help="folder of the labelled images that the runs were made from")
+    add("--batch-size", type=positive(int), default=16, help="images at a time (default: 16)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    add("--workers", type=int, help="loader processes (default: as in cass.py)")
+    add("--every", type=positive(int), metavar="N", help="or score every N epochs of the command")
+    add("command", nargs=argparse.REMAINDER, metavar="cass.py|dino.py ...", help="after --every N")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = probe_options().parse_args(argv)
+    with clear_exit(DataError, FloatingPointError, resumable=bool(args.every)):
+        if args.every:
+            method = Path(args.command[0]).stem if args.command else ""
+            if method not in METHODS:
+                raise UserError("--every N is followed by cass.py or dino.py and its options")
+            method_options, run_method = METHODS[method]
+            options = method_options().parse_args(args.command[1:])
+            run_method(options, look=look_into(options, args.every))
+            return
+        if not args.weights or not args.data or args.command:
+            raise UserError("give --weights RUN --data DIR, or --every N cass.py OPTIONS")
+        images = read_images(args.data)
+        print(f"{'macro F1, pooled for several labels':72}{'width':>6}{'knn':>7}{'linear':>8}")
+        for weights in args.weights:
+            probe_run(weights, images, args)
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()
