@@ -29,8 +29,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from data import (PARTS, DataError, Row, add_data_options, describe, load_image, open_images,
-                  write_split)
+from data import (PARTS, DataError, ImageSet, Row, add_data_options, describe, load_image,
+                  open_images, write_split)
 from runtime import clear_exit, command_parser, write_text
 
 # A cosine transform: the lowest 8 waves (rows) over 32 pixels (columns).
@@ -54,14 +54,17 @@ class Group(NamedTuple):
     def differ(self, column: str) -> bool:
         return len({getattr(row, column) for row in self.rows}) > 1
 
+    def paths(self, part: str = "") -> list[str]:
+        return [row.path for row in self.rows if row.split == part or not part]
+
 
 # %% looking
 
 
-def look_at(path: Path) -> Look | str:
+def look_at(images: ImageSet, row: Row) -> Look | str:
     """Decode one image, as training would; a sentence if that fails."""
     try:
-        image = load_image(path)
+        image = load_image(images.folder / row.path, images.window)
     except DataError as error:
         return str(error)
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
@@ -105,32 +108,30 @@ def find_alike(looks: dict[Row, Look], limit: int) -> tuple[list[Group], list[Gr
 
 def leaks(groups: list[Group], part: str = "test", into: tuple = ("train", "val")) -> set[str]:
     """Paths of `part` in groups that also have a row in one of the parts `into`."""
-    known = [group.rows for group in groups if any(row.split in into for row in group.rows)]
-    return {row.path for rows in known for row in rows if row.split == part}
+    known = [group for group in groups if any(group.paths(other) for other in into)]
+    return {path for group in known for path in group.paths(part)}
 
 
 def judge(looks: dict[Row, Look], equal: list[Group], near: list[Group]) -> dict[str, list]:
     """For each kind of flaw, one entry for each that was found."""
-    parts = defaultdict(set)
+    leaking, parts = leaks(equal), defaultdict(set)
     for row in looks:
         parts[row.group].add(row.split)
-    leaking = leaks(equal)
-    different = [group.rows for group in equal + near if group.differ("labels")]
+    different = [group.paths() for group in equal + near if group.differ("labels")]
     flaws = {
         "test images that training or validation has too": sorted(leaking),
         "validation images that training has too": sorted(leaks(equal, "val", ("train",))),
         "more test images nearly like one there": sorted(leaks(near) - leaking),
-        "equal or near images under different labels": [[r.path for r in x] for x in different],
+        "sets of equal or near images under different labels": different,
         "groups in several parts": [g for g, here in parts.items() if g and len(here) > 1],
         "one-coloured images": [row.path for row, look in looks.items() if look.flat]}
     for part in PARTS:
-        own = [[row.path for row in group.rows if row.split == part] for group in equal]
-        flaws[f"repeats within the {part} part"] = sum((paths[1:] for paths in own), [])
-    flaws["pairs of near duplicates"] = [[x.title, *(row.path for row in x.rows)] for x in near]
+        flaws[f"repeats within {part}"] = [x for group in equal for x in group.paths(part)[1:]]
+    flaws["pairs of near duplicates"] = [[group.title, *group.paths()] for group in near]
     return flaws
 
 
-def contact_sheet(folder: Path, groups: list[Group], side: int = 190) -> Image.Image:
+def contact_sheet(images: ImageSet, groups: list[Group], side: int = 190) -> Image.Image:
     """Two images of each group, side by side, three groups in a row."""
     width, height = 2 * side + 24, side + 78
     sheet = Image.new("RGB", (3 * width, -(-len(groups) // 3) * height), "white")
@@ -142,8 +143,8 @@ def contact_sheet(folder: Path, groups: list[Group], side: int = 190) -> Image.I
         first, *rest = group.rows
         other = max(rest, key=lambda row: (row.labels != first.labels, row.split != first.split))
         for left, row in ((x, first), (x + side + 8, other)):
-            image = ImageOps.contain(load_image(folder / row.path), (side, side))
-            sheet.paste(image, (left, y + 20))
+            image = load_image(images.folder / row.path, images.window)
+            sheet.paste(ImageOps.contain(image, (side, side)), (left, y + 20))
             caption = f"{row.split}: {'|'.join(row.labels)}"[:26] + "\n" + row.path[-26:]
             draw.text((left, y + side + 24), caption, "black", font)
     return sheet
@@ -156,9 +157,9 @@ def run_audit(args: argparse.Namespace) -> None:
     """Look, tell, and write what was found."""
     images = open_images(args)
     print(*describe(images), sep="\n")
-    paths = [images.folder / row.path for row in images.rows]
     with ThreadPool() as pool:  # decoding and hashing run on all cores at once
-        found = list(tqdm(pool.imap(look_at, paths, 8), "decoding", len(paths), disable=None))
+        found = pool.imap(lambda row: look_at(images, row), images.rows, 8)
+        found = list(tqdm(found, "decoding", len(images.rows), disable=None))
     looks = {row: look for row, look in zip(images.rows, found) if isinstance(look, Look)}
     if not looks:
         raise DataError(f"{images.folder} holds no image that can be read")
@@ -171,7 +172,7 @@ def run_audit(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "audit.json", json.dumps(flaws, indent=1, ensure_ascii=False) + "\n")
     if worst := sorted(equal + near, key=lambda x: (x.differ("labels"), x.differ("split")))[-24:]:
-        contact_sheet(images.folder, worst[::-1]).save(out / "pairs.png")
+        contact_sheet(images, worst[::-1]).save(out / "pairs.png")
     print(f"every file: {out / 'audit.json'}; the worst pairs, if any: {out / 'pairs.png'}")
     if args.write_split:
         leaking = leaks(equal + near if args.write_split == "near" else equal)

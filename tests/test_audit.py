@@ -55,10 +55,10 @@ def test_planted_flaws_are_found_and_no_others(planted: Path, capsys) -> None:
     (near,) = found.pop("pairs of near duplicates")
     assert near[0].startswith("distance ") and float(near[0].split()[-1]) > 0.98
     assert sorted(near[1:]) == ["test/dog/102.png", "train/cat/2.png"]
-    (different,) = found.pop("equal or near images under different labels")
+    (different,) = found.pop("sets of equal or near images under different labels")
     assert sorted(different) == ["test/dog/102.png", "train/cat/2.png"]
-    (again,) = found.pop("repeats within the train part")
-    (test_again,) = found.pop("repeats within the test part")
+    (again,) = found.pop("repeats within train")
+    (test_again,) = found.pop("repeats within test")
     assert again in ("train/dog/1.png", "train/dog/again.bmp")
     assert test_again in ("test/cat/20.png", "test/cat/120.png")
     assert {kind: entries for kind, entries in found.items() if entries} == {
@@ -97,7 +97,7 @@ def test_equal_pixels_whatever_the_file(tmp_path: Path) -> None:
          a_5=scene(0).rotate(90))
     scene(0).save(folder / "a" / "6.tif", compression="tiff_lzw")
     found = run(folder)
-    (conflict,) = found["equal or near images under different labels"]
+    (conflict,) = found["sets of equal or near images under different labels"]
     assert sorted(conflict) == ["a/1.png", "a/6.tif", "b/2.png"]
     repeats = [path for kind, paths in found.items() if "repeats" in kind for path in paths]
     shared = found["test images that training or validation has too"]

@@ -1,0 +1,84 @@
+"""The pooled features of a run's networks, for whatever you like to do with them.
+
+    python -m extras.features --weights runs/cass-mri --data ./mri --out features.npz
+
+One array for each network, named like its file, such as `cnn` `(N, F)`; and for the same N images
+`paths`, `parts` (train, val, test, as the run had them), `groups`, `labels` `(N, K)` of 0 and 1 and
+their `classes` `(K,)`. To read it: `np.load("features.npz")["cnn"]`.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import (DataError, ImageRows, augmentation, good_rows, make_loader, read_images,
+                  read_split, split_images)
+from runtime import (UserError, clear_exit, command_parser, load_network, network_files,
+                     pick_device, pick_workers, positive, read_network)
+
+
+@torch.no_grad()
+def pooled_features(network: nn.Module, loader: Iterable[torch.Tensor]) -> np.ndarray:
+    """What the classifier of a timm network would see, `(N, F)` float32."""
+    device, features = next(network.parameters()).device, []
+    network.eval()
+    for images in loader:
+        maps = network.forward_features(images.to(device))
+        features.append(network.forward_head(maps, pre_logits=True).float().cpu().numpy())
+    return np.concatenate(features)
+
+
+def run_features(args: argparse.Namespace) -> None:
+    """Read images and networks, and write the file whole or not at all."""
+    if args.out.suffix != ".npz":
+        raise UserError(f"--out {args.out} is no name of an .npz file")
+    device, images = pick_device(args.device), read_images(args.data)
+    workers, files = pick_workers(args.workers, device), network_files(args.weights)
+    split = files[0].parent / "split.csv"
+    images = read_split(split, images, grow=True) if split.is_file() else images
+    images = split_images(good_rows(images) if args.skip_bad else images)
+    arrays = {name: np.array([getattr(row, field) for row in images.rows], str)
+              for name, field in (("paths", "path"), ("parts", "split"), ("groups", "group"))}
+    arrays |= {"labels": images.truth(images.rows), "classes": np.array(images.classes, str)}
+    for note in images.notes:
+        print(f"note: {note}")
+    for file in files:
+        saved = read_network(file)
+        size, shown = saved["image_size"], replace(images, window=saved["window"])
+        dataset = ImageRows(shown, images.rows, augmentation(size, "none"))
+        loader = make_loader(dataset, args.batch_size, shuffle=False, workers=workers)
+        arrays[file.stem] = pooled_features(load_network(file, size).to(device), loader)
+        print(f"{file.stem}: {' x '.join(map(str, arrays[file.stem].shape))} of {saved['arch']}")
+    aside = args.out.with_suffix(".tmp.npz")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(aside, **arrays)
+    os.replace(aside, args.out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command_parser("python -m extras.features", "Write the features of a run's networks.")
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="a run folder, or a file of weights in one")
+    add("--data", type=Path, required=True, help="folder of images, with or without labels")
+    add("--out", type=Path, required=True, help="the .npz file to write")
+    add("--batch-size", type=positive(int), default=16, help="images at a time (default: 16)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    add("--workers", type=int, help="loader processes (default: as in cass.py)")
+    add("--skip-bad", action="store_true", help="leave out, and name, images that can't be read")
+    with clear_exit(DataError):
+        run_features(parser.parse_args(argv))
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()
