@@ -1,75 +1,82 @@
-"""extras/speed.py: what is timed is the step, and the ratios come from what was timed."""
+"""extras/speed.py: equal work is timed on both sides, and the ratios are those of its own rows."""
 
+import copy
 import re
 import time
 
 import pytest
 import torch
 
+from cass import pretrain_cass
+from dino import DinoNetwork, pretrain_dino
 from extras import speed
+from finetune import finetune_network
 from helpers import class_folders
+from runtime import build_model
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+TRUTH = torch.eye(4)[:, :2]
+VIEWS = [IMAGES, IMAGES.flip(3)], [IMAGES.flip(2), IMAGES.flip((2, 3))]
 
 
-def test_a_timed_loader_measures_steps_and_the_wait_for_data():
-    def slow():
-        for _ in range(5):
-            time.sleep(0.02)
-            yield torch.zeros(1)
+def network(arch: str = "test_resnet", outputs: int | None = None) -> torch.nn.Module:
+    return build_model(arch, "random", 32, outputs=outputs)
 
+
+@pytest.mark.parametrize("ours, plain, build, batch", [
+    (pretrain_cass, speed.plain_cass, lambda: [network(), network("test_vit")], IMAGES),
+    (pretrain_dino, speed.plain_dino, lambda: [DinoNetwork(network(outputs=0), 16)], VIEWS),
+    (finetune_network, speed.plain_tuning, lambda: [network(outputs=2)], (IMAGES, TRUTH)),
+], ids=("cass", "dino", "finetune"))
+def test_the_plain_loop_does_what_ours_does(ours, plain, build, batch):
+    own = build()
+    its, start = copy.deepcopy(own), copy.deepcopy(own)
+    options = {"validation": [batch]} if ours is finetune_network else {}
+    ours(*own, [batch], epochs=1, **options)
+    plain(*its, [batch], precision=torch.float32)
+    for one, other, first in zip(own, its, start):
+        for a, b, before in zip(one.parameters(), other.parameters(), first.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+            moved = a.grad.abs() > 1e-4  # Adam's first step is of one size, whatever the gradient
+            torch.testing.assert_close(a[moved], b[moved], rtol=0, atol=1e-5)
+            assert not moved.any() or ((a - before)[moved].abs() > 1e-4).all()
+
+
+def test_steps_and_the_wait_for_data_are_timed_after_the_warm_up():
     class Slow:
-        __iter__ = staticmethod(slow)
+        def __len__(self):
+            return 4
 
-    timed = speed.TimedLoader(Slow(), 5, torch.device("cpu"))
-    assert len(list(timed)) == 1  # before set_epoch, for the look at the untrained networks
-    timed.set_epoch(0)
+        def __iter__(self):
+            for step in range(4):
+                time.sleep(0.2 if step == 0 else 0.02)
+                yield step
+
+    timed = speed.TimedLoader(Slow(), 1, torch.device("cpu"))
     for _ in timed:
-        time.sleep(0.01)
-    whole, wait = timed.seconds(warm_up=2)
-    assert len(whole) == len(wait) == 3
-    assert all(0.02 <= w < t for w, t in zip(wait, whole)) and min(whole) >= 0.03
+        time.sleep(0.03)
+    assert 0.02 <= timed.waited < 0.1 and timed.waited + 0.03 <= timed.seconds < 0.2
 
 
-def test_the_stopwatch_sees_every_optimiser_and_leaves_no_hook_behind():
-    parameter = torch.nn.Parameter(torch.zeros(3))
-    parameter.grad = torch.ones(3)
-    optimizer, follow = torch.optim.Adam([parameter]), speed.dino.follow
-    with speed.Stopwatch(torch.device("cpu")) as watch:
-        optimizer.step()
-        once = watch.total
-        speed.dino.follow([torch.zeros(3)], [torch.ones(3)], 0.9)
-        assert 0 < once < watch.total
-    after = watch.total
-    optimizer.step()
-    assert watch.total == after and speed.dino.follow is follow
-
-
-def test_the_table_holds_the_ratio_of_its_own_rows(tmp_path, capsys):
-    class_folders(tmp_path / "d", cat=8, dog=8)
-    speed.main(["--data", str(tmp_path / "d"), "--init", "random", "--cnn", "test_resnet", "--transformer", "test_vit",
-                "--image-size", "32", "--batch-size", "4", "--steps", "1", "--warm-up", "1", "--rounds", "1",
-                "--workers", "0"])
-    text = capsys.readouterr().out
-    steps = {m[1]: float(m[2]) for m in re.finditer(r"^\| ([^|]+) \| ([\d.]+) \|", text, re.M)}
-    full = steps["DINO, test_resnet"] + steps["DINO, test_vit"]
-    assert float(re.search(r"CASS / DINO, both arms: ([\d.]+)", text)[1]) == pytest.approx(
-        steps["CASS, both arms"] / full, abs=0.01)
-    assert float(re.search(r"contrast takes ([\d.]+) times", text)[1]) == pytest.approx(
-        steps["CASS, --loss contrast"] / steps["CASS, both arms"], abs=0.02)
-    assert "Paper: 0.31" in text and "0.375" in text and "extrapolated" in text
-
-
-def test_the_plain_pipeline_takes_the_same_steps_and_loading_is_timed_by_turns(tmp_path, capsys):
-    from torchvision import transforms as v1
-    from torchvision.transforms import v2
-
-    from data import augmentation
-
-    ours, plain = augmentation(32).transforms, speed.plain_pipeline(32).transforms
-    names = [[type(step).__name__ for step in steps] for steps in (ours, plain)]
-    assert names[0][:5] == names[1][:5] == ["Resize", "RandomApply", "RandomApply", "RandomHorizontalFlip", "RandomVerticalFlip"]
-    assert isinstance(plain[1], v1.RandomApply) and isinstance(ours[1], v2.RandomApply) and plain[1].p == ours[1].p
-    speed.main(["--data", str(class_folders(tmp_path / "d", cat=8, dog=8)), "--loading", "--image-size", "32",
-                "--batch-size", "4", "--steps", "1", "--rounds", "2"])
-    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| (\d+) - (\d+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
-    assert [name for name, *_ in rows] == ["from files", "from the cache", "plain Pillow and torchvision v1"]
-    assert all(int(low) <= int(middle) <= int(high) for _, middle, low, high, _ in rows) and rows[2][4] == "1.00"
+def test_the_ratios_are_those_of_the_rows(tmp_path, capsys):
+    folder = class_folders(tmp_path / "d", cat=8, dog=8)
+    speed.main(["--data", str(folder), "--cnn", "test_resnet", "--transformer", "test_vit",
+                "--image-size", "32", "--batch-size", "4", "--steps", "1", "--warm-up", "1",
+                "--rounds", "1", "--out-dim", "16", "--workers", "0", "--precision", "bf16"])
+    text, method, found = capsys.readouterr().out, "", {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and cells[1] == "precision":
+            method = cells[0]
+        elif line.startswith("| "):
+            found[method, cells[0], cells[1].removeprefix("torch.")] = cells[2:]
+    ms = {key: float(cells[0]) for key, cells in found.items()}
+    methods = ["CASS", *(f"{m}, {a}" for m in ("DINO", "fine-tuning") for a in ("test_resnet", "test_vit"))]
+    assert list(dict.fromkeys(key[0] for key in found)) == methods
+    ours, plain = ("CASS", "ours", "bfloat16"), ("CASS", "plain loop", "bfloat16")
+    assert float(found[ours][4]) == pytest.approx(ms[plain] / ms[ours], abs=0.02)
+    assert float(found[ours][5]) == pytest.approx(
+        ms["CASS", "plain loop", "float32"] / ms[ours], abs=0.02)
+    dino = sum(ms[f"DINO, {arch}", "ours", "bfloat16"] for arch in ("test_resnet", "test_vit"))
+    said = float(re.search(r"CASS / DINO, both arms: ([\d.]+)", text)[1])
+    assert said == pytest.approx(ms[ours] / dino, abs=0.02)
