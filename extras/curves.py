@@ -1,7 +1,7 @@
-"""Curves of a run's log: the gauges of collapse, and what probes find in the frozen features, over the epochs.
+"""Curves of a run's log: the loss, the gauges of collapse, and what frozen features know.
 
-    python cass.py --data ./mri --probe-every 1 --out runs/cosine
-    python cass.py --data ./mri --probe-every 1 --out runs/contrast --loss contrast
+    python cass.py --data ./mri --out runs/cosine
+    python -m extras.probe --every 2 cass.py --data ./mri --out runs/contrast --loss contrast
     python -m extras.curves runs/cosine runs/contrast
 
 One column a network, one row a quantity, one colour a run; epoch 0 is the untrained network.
@@ -10,67 +10,78 @@ One column a network, one row a quantity, one colour a run; epoch 0 is the untra
 import json
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from extras.pictures import LINES, draw_curves, draw_legend, stack, words
-from runtime import Options, UserError, clear_exit
+from extras.pictures import LINES, draw_curves, draw_page, grid, words
+from runtime import UserError, clear_exit, command_parser
 
 MEANING = {
-    "cosine": "how alike the outputs of different images are (1: the same for all)",
-    "spread": "how far they are spread out (0: one point)",
-    "rank": "along how many directions they differ",
-    "moved": "how far the weights have moved",
+    "loss": "what training makes small",
+    "cosine": "how alike the outputs of different images are; 1: the same for all",
+    "rank": "along how many directions outputs differ",
+    "moved": "how far the weights have moved, as a share of their size",
     "knn": "F1 of nearest neighbours on frozen features, validation images",
-    "linear": "F1 of a linear classifier on frozen features, validation images"}
+    "linear": "F1 of a linear classifier on frozen features, validation images",
+}
+Curves = dict[str, dict[str, list[tuple[int, float]]]]
 
 
-def read_curves(run: Path) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """{timm name: {quantity: (epochs, values)}} of one run, from its `config.json` and `log.jsonl`."""
+def read_curves(run: Path) -> Curves:
+    """{network: {quantity: [(epoch, value)]}} from a run's `config.json` and `log.jsonl`."""
     try:
-        arms = json.loads((run / "config.json").read_text(encoding="utf-8"))["arms"]
-        text = (run / "log.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a last half line belongs to a run that goes on
+        options = json.loads((run / "config.json").read_text(encoding="utf-8"))["options"]
+        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{run} is no run folder of cass.py or dino.py with a log") from None
-    alike = len(set(arms.values())) < len(arms)  # two arms of one kind need two columns
-    return {f"{arch} ({arm})" if alike else arch: {gauge: tuple(map(list, zip(*[(row["epoch"], row[f"{arm}_{gauge}"]) for row in rows
-                                                if row.get(f"{arm}_{gauge}") is not None]))) or ([], [])
-                   for gauge in MEANING} for arm, arch in arms.items()}
+        rows = []
+    arms = [key.removesuffix("_cosine") for key in (rows or [{}])[0] if key.endswith("_cosine")]
+    if not arms:
+        raise UserError(f"{run} is no run folder of cass.py or dino.py with a log")
+    curves = {}
+    for arm in arms:
+        name = options.get(arm) or options["arch"]
+        name = f"{name} ({arm})" if name in curves else name  # two arms of one kind
+        curves[name] = {gauge: [] for gauge in MEANING}
+        for gauge, points in curves[name].items():
+            key = gauge if gauge == "loss" else f"{arm}_{gauge}"
+            points += [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+    return curves
 
 
-def draw_runs(runs: dict[str, dict], gauges: list[str]) -> Image.Image:
+def draw_runs(runs: dict[str, Curves], gauges: list[str]) -> Image.Image:
     """A picture of `read_curves` of several runs, by what each is called."""
-    archs = list(dict.fromkeys(arch for curves in runs.values() for arch in curves))
-    width = 360 * len(archs) + 20 * (len(archs) - 1)
-    rows = [draw_legend(list(runs), width), stack([words(arch, 360) for arch in archs], 20, across=True)]
+    columns = {network: [network] for curves in runs.values() for network in curves}
     for gauge in gauges:
-        cells = [[curves.get(arch, {}).get(gauge, ([], [])) for curves in runs.values()] for arch in archs]
-        if any(y for cell in cells for _, y in cell):
-            rows += [words(f"{gauge}: {MEANING[gauge]}", width, 13), stack(
-                [draw_curves(cell) if any(y for _, y in cell) else Image.new("RGB", (360, 180), "white") for cell in cells],
-                20, across=True)]
-    if len(rows) == 2:
-        raise UserError(f"no log has {' or '.join(gauges)}; knn and linear are there with --probe-every")
-    return ImageOps.expand(stack([*rows, words("epoch", width, 13)], 8), 16, "white")
+        for network, column in columns.items():
+            cell = [curves.get(network, {}).get(gauge, []) for curves in runs.values()]
+            most = 1 if gauge in ("cosine", "knn", "linear") else 0
+            column.append(draw_curves(cell, gauge, most, log=gauge == "loss"))
+    meaning = "\n".join(f"{gauge}: {MEANING[gauge]}" for gauge in gauges)
+    legend = []
+    for run, colour in zip(runs, LINES):
+        legend.append([Image.new("RGB", (28, 14), colour), words(run, 200)])
+    columns["runs"] = ["runs", grid(legend)]
+    return draw_page("Pretraining, epoch by epoch", meaning, list(columns.values()))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Options("python -m extras.curves", "Draw the gauges and probes of runs over their epochs.")
+    parser = command_parser("python -m extras.curves", "Draw losses, gauges and probes of runs.")
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help=f"run folders of cass.py or dino.py, at most {len(LINES)}")
-    add("--gauges", nargs="+", choices=tuple(MEANING), default=["cosine", "knn", "linear"],
-        help="what to draw (default: cosine knn linear)")
+    add("runs", nargs="+", type=Path, metavar="RUN",
+        help=f"run folders of cass.py or dino.py, at most {len(LINES)}")
+    add("--gauges", nargs="+", choices=tuple(MEANING), help="what to draw (default: all there is)")
     add("--out", type=Path, default=Path("curves.png"), help="PNG file (default: %(default)s)")
     args = parser.parse_args(argv)
     with clear_exit():
-        if len(args.runs) > len(LINES):
-            raise UserError(f"{len(args.runs)} runs are more than the {len(LINES)} that can be told apart")
-        if len({run.resolve().name for run in args.runs}) < len(args.runs):
-            raise UserError("two of the runs lie in folders of the same name; rename one of them")
-        if args.out.suffix.lower() != ".png":
-            raise UserError(f"--out {args.out} must end in .png")
+        if len(args.runs) > len(LINES) or args.out.suffix.lower() != ".png":
+            raise UserError(f"at most {len(LINES)} runs, please, and an --out that ends in .png")
+        runs = {str(run): read_curves(run) for run in args.runs}
+        curves = [network for run in runs.values() for network in run.values()]
+        found = [gauge for gauge in MEANING if any(network[gauge] for network in curves)]
+        if missing := set(args.gauges or ()) - set(found):
+            raise UserError(f"no log has {' or '.join(missing)}; extras.probe adds knn and linear")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        draw_runs({run.resolve().name: read_curves(run) for run in args.runs}, args.gauges).save(args.out)
+        draw_runs(runs, args.gauges or found).save(args.out)
         print(f"wrote {args.out}")
 
 
