@@ -497,7 +497,8 @@ def load_image(path: str | Path, window: tuple[float, float] | None = None) -> I
         raise DataError(f"{path} has more pixels than is safe to decode; make it smaller") from None
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
         unknown = isinstance(error, UnidentifiedImageError)
-        words = "of no form that Pillow knows" if unknown else " ".join(str(error).split())
+        words = getattr(error, "strerror", None) or " ".join(str(error).split())
+        words = "of no form that Pillow knows" if unknown else words
         raise DataError(f"{path} can't be read as an image ({_form(path)}{words}); mend it, save "
                         "it as 8-bit RGB or 16-bit grey, or add --skip-bad") from None
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None

@@ -1,5 +1,7 @@
 """Small images and folders for the tests."""
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Callable
 
@@ -31,6 +33,41 @@ def labels_csv(folder: Path, text: str | bytes, *names: str) -> Path:
     put(folder, *names)
     (folder / "labels.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder
+
+
+def tiff(file: Path, pixels: np.ndarray, tags: dict[int, list[int]] | None = None, *,
+         order: str = "<", deflate: bool = False) -> None:
+    """A TIFF as instruments write it: `(H, W)` or `(H, W, C)` values of any kind, and any tags."""
+    height, width, *more = pixels.shape
+    channels = more[0] if more else 1
+    body = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    body = zlib.compress(body) if deflate else body
+    kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
+    tags = {256: [width], 257: [height], 258: [8 * pixels.itemsize] * channels,
+            259: [8 if deflate else 1], 262: [2 if channels > 2 else 1], 273: [8], 277: [channels],
+            278: [height], 279: [len(body)], 339: [kind] * channels, **(tags or {})}
+    body += b"\0" * (len(body) % 2)
+    entries, long, start = b"", b"", 8 + len(body)
+    for tag, values in sorted(tags.items()):
+        cells = struct.pack(f"{order}{len(values)}H", *values)
+        if len(cells) > 4:
+            place = start + 2 + 12 * len(tags) + 4 + len(long)
+            cells, long = struct.pack(f"{order}I", place), long + cells
+        entries += struct.pack(f"{order}HHI", tag, 3, len(values)) + cells.ljust(4, b"\0")
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, start)
+    count = struct.pack(f"{order}H", len(tags))
+    file.write_bytes(head + body + count + entries + b"\0" * 4 + long)
+
+
+def png(file: Path, pixels: np.ndarray) -> None:
+    """A PNG of `(H, W, 3)` or `(H, W, 4)` values of 16 bits."""
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks))
 
 
 def sentence(capsys: pytest.CaptureFixture, call: Callable[[], object]) -> str:

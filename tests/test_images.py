@@ -1,0 +1,297 @@
+"""Image files: each is read as it means it, or refused with one sentence. The forms are written
+by hand (helpers.tiff, helpers.png); a reference reader gives for each the values put in."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import DataError, ImageSet, load_image, read_images, split_images, with_window
+from helpers import class_folders, noise, png, put, tiff
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
+COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], 2)
+DEEP, DEEP_COLOUR = RAMP.astype(np.uint16) * 16, COLOUR.astype(np.uint16) * 16  # 12 of 16 bits
+TWELVE = (0, 255 * 16)
+HALF = ((RAMP > 99) * 255)[..., None]
+
+
+def pixels(path: Path, window: tuple[float, float] | None = None) -> np.ndarray:
+    image = load_image(path, window)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def with_alpha(colour: np.ndarray, alpha: np.ndarray | int) -> np.ndarray:
+    plane = np.broadcast_to(alpha, (*colour.shape[:2], 1)).astype(colour.dtype)
+    return np.concatenate([colour if colour.ndim == 3 else colour[..., None], plane], 2)
+
+
+# %% what Pillow alone would take for something else: file, window, what is seen
+
+PALETTE = [[i for i in range(256)], [255 - i for i in range(256)], [i // 2 for i in range(256)]]
+BY_PALETTE = np.stack([RAMP, 255 - RAMP, RAMP // 2], 2)
+BLACK_BELOW = COLOUR * (HALF > 0)
+FORMS = {
+    "colours of 12 bits": (DEEP_COLOUR, {}, {}, TWELVE, COLOUR),
+    "colours of 12 bits, big-endian": (DEEP_COLOUR, {}, {"order": ">"}, TWELVE, COLOUR),
+    "colours of 12 bits, packed": (DEEP_COLOUR, {}, {"deflate": True}, TWELVE, COLOUR),
+    "both": (DEEP_COLOUR, {}, {"deflate": True, "order": ">"}, TWELVE, COLOUR),
+    "12 bits and alpha": (with_alpha(DEEP_COLOUR, 0), {338: [2]}, {}, TWELVE, COLOUR),
+    "12 bits times alpha": (with_alpha(DEEP_COLOUR, 9), {338: [1]}, {}, TWELVE, COLOUR),
+    "alpha of zero": (with_alpha(COLOUR, 0), {338: [2]}, {}, None, COLOUR),
+    "alpha of seven": (with_alpha(COLOUR, 7), {338: [2]}, {}, None, COLOUR),
+    "one more channel of zero": (with_alpha(COLOUR, 0), {338: [0]}, {}, None, COLOUR),
+    "times an alpha of zero": (with_alpha(COLOUR, 0), {338: [1]}, {}, None, COLOUR),
+    "alpha": (with_alpha(COLOUR, HALF), {338: [2]}, {}, None, BLACK_BELOW),
+    "times alpha": (with_alpha(BLACK_BELOW, HALF), {338: [1]}, {}, None, BLACK_BELOW),
+    "grey, alpha of zero": (with_alpha(RAMP, 0), {338: [2]}, {}, None, RAMP),
+    "grey times alpha": (with_alpha(RAMP, 9), {338: [1]}, {}, None, RAMP),
+    "uint32": (RAMP.astype(np.uint32) << 24, {}, {}, (0, 255 << 24), RAMP),
+    "int8": ((RAMP.astype(int) - 128).astype(np.int8), {}, {}, None, RAMP),
+    "int16": ((RAMP.astype(int) - 128).astype(np.int16), {}, {}, (-128, 127), RAMP),
+    "int16, big-endian, packed": ((RAMP.astype(int) - 128).astype(np.int16), {},
+                                  {"deflate": True, "order": ">"}, (-128, 127), RAMP),
+    "int32, big-endian, packed": (RAMP.astype(np.int32), {}, {"deflate": True, "order": ">"},
+                                  (0, 255), RAMP),
+    "float, big-endian, packed": (RAMP / np.float32(255), {}, {"deflate": True, "order": ">"},
+                                  (0, 1), RAMP),
+    "white is zero": (RAMP, {262: [0]}, {}, None, 255 - RAMP),
+    "white is zero, 16 bits": (DEEP, {262: [0]}, {}, TWELVE, 255 - RAMP),
+    "white is zero, float": (RAMP / np.float32(255), {262: [0]}, {}, (0, 1), 255 - RAMP),
+    "palette of 8 bits": (RAMP, {262: [3], 320: sum(PALETTE, [])}, {}, None, BY_PALETTE),
+    "palette of 16 bits": (RAMP, {262: [3], 320: [257 * v for v in sum(PALETTE, [])]}, {}, None,
+                           BY_PALETTE),
+    "turned by 6": (RAMP, {274: [6]}, {}, None, np.rot90(RAMP, -1)),
+    "turned by 8": (DEEP, {274: [8]}, {}, TWELVE, np.rot90(RAMP)),
+    "turned by 5": (RAMP, {274: [5]}, {}, None, RAMP.T),
+    "turned by 3, 12 bits": (DEEP_COLOUR, {274: [3]}, {}, TWELVE, np.rot90(COLOUR, 2)),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_tiffs_are_read_as_their_tags_mean_them(tmp_path: Path, name: str) -> None:
+    values, tags, form, window, wanted = FORMS[name]
+    tiff(tmp_path / "x.tif", values, tags, **form)
+    wanted = np.repeat(wanted[..., None], 3, 2) if wanted.ndim == 2 else wanted
+    assert np.array_equal(pixels(tmp_path / "x.tif", window), wanted)
+
+
+@pytest.mark.parametrize("alpha", [None, 0, 4000])
+def test_pngs_of_16_bits(tmp_path: Path, alpha: int | None) -> None:
+    png(tmp_path / "x.png", DEEP_COLOUR if alpha is None else with_alpha(DEEP_COLOUR, alpha))
+    assert np.array_equal(pixels(tmp_path / "x.png", TWELVE), COLOUR)
+
+
+@pytest.mark.parametrize("values, tags, words", [
+    (np.moveaxis(DEEP_COLOUR, 2, 0).reshape(DEEP_COLOUR.shape), {284: [2]}, ["planes 2", "3 x 16"]),
+    (RAMP / 255.0, {}, ["1 x 64 bits", "floats"]),
+    ((RAMP / 255).astype(np.float16), {}, ["1 x 16 bits", "floats"]),
+    (np.repeat(COLOUR, 2, 2)[..., :5], {262: [1], 338: [0] * 4}, ["5 x 8 bits"]),
+    (COLOUR, {259: [34712]}, ["compression 34712"]),
+    (with_alpha(DEEP, 9), {338: [2]}, ["2 x 16 bits"]),
+])
+def test_tiffs_that_are_refused_are_told_what_they_are(tmp_path: Path, values: np.ndarray,
+                                                       tags: dict, words: list[str]) -> None:
+    tiff(tmp_path / "x.tif", values, tags)
+    with pytest.raises(DataError) as error:
+        load_image(tmp_path / "x.tif")
+    said = str(error.value)
+    assert all(word in said for word in [*words, "save it as"]), said
+    assert said.count("x.tif") == 1 and "\n" not in said
+
+
+# %% the usual
+
+
+@pytest.mark.parametrize("mode, ending", [
+    ("RGB", "png"), ("L", "png"), ("P", "png"), ("1", "png"), ("RGBA", "png"), ("LA", "png"),
+    ("CMYK", "tif"), ("RGB", "bmp"), ("RGB", "webp"), ("CMYK", "jpg"), ("P", "gif"), ("L", "tiff")])
+def test_each_mode_and_format_looks_as_it_was(tmp_path: Path, mode: str, ending: str) -> None:
+    plain = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    lossless = {"lossless": True} if ending == "webp" else {}
+    plain.convert(mode).save(tmp_path / f"x.{ending}", **lossless)
+    wanted = np.asarray(plain.convert(mode).convert("RGB"), float)
+    assert np.abs(pixels(tmp_path / f"x.{ending}") - wanted).mean() < 3
+
+
+def test_transparent_pixels_are_black(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (2, 1), (200, 100, 50, 255))
+    image.putpixel((1, 0), (200, 100, 50, 0))
+    image.save(tmp_path / "rgba.png")
+    grey = Image.new("LA", (2, 1), (200, 255))
+    grey.putpixel((1, 0), (200, 0))
+    grey.save(tmp_path / "la.png")
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([200, 100, 50, 9, 9, 9])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "p.png", transparency=1)
+    assert pixels(tmp_path / "rgba.png").tolist() == [[[200, 100, 50], [0, 0, 0]]]
+    assert pixels(tmp_path / "la.png").tolist() == [[[200] * 3, [0] * 3]]
+    assert pixels(tmp_path / "p.png").tolist() == [[[200, 100, 50], [0, 0, 0]]]
+
+
+def test_jpegs_are_turned_as_their_exif_says(tmp_path: Path) -> None:
+    image = Image.new("RGB", (30, 10), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 15, 10))  # left half blue
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(tmp_path / "x.jpg", exif=exif)
+    shown = pixels(tmp_path / "x.jpg")
+    assert shown.shape == (30, 10, 3) and shown[3, 5, 2] > 200 and shown[26, 5, 0] > 200
+
+
+@pytest.mark.parametrize("ending", ["tif", "gif"])
+def test_the_first_of_several_pages_counts_and_is_said(tmp_path: Path, ending: str) -> None:
+    first, second = (Image.new("RGB", (4, 4), colour) for colour in ((200, 0, 0), (0, 200, 0)))
+    first.save(tmp_path / f"x.{ending}", save_all=True, append_images=[second])
+    assert (pixels(tmp_path / f"x.{ending}") == (200, 0, 0)).all()
+    (note,) = with_window(read_images(put(tmp_path, "y.png"))).notes
+    assert note.startswith("1 images of 2 looked at have several pages") and "x." in note
+
+
+# %% more than 8 bits: the window
+
+
+@pytest.mark.parametrize("values, dtype, ending", [
+    ([1000, 1100, 1300, 2000], np.uint16, "png"), ([1000, 1100, 1300, 2000], np.uint16, "tif"),
+    ([-5, -4, -2, 5], np.int32, "tif"), ([0.001, 0.0011, 0.0013, 0.002], np.float32, "tif")])
+def test_without_a_window_each_image_is_seen_in_its_own_range(tmp_path: Path, values: list,
+                                                              dtype: type, ending: str) -> None:
+    Image.fromarray(np.array([values], dtype)).save(tmp_path / f"x.{ending}")
+    low, high = min(values), max(values)
+    grey = pixels(tmp_path / f"x.{ending}")[0]
+    assert np.abs(grey - [[(v - low) / (high - low) * 255] * 3 for v in values]).max() < 0.51
+
+
+@pytest.mark.parametrize("odd, share", [(60_000, 0.004), (np.inf, 0.2), (np.nan, 0.2),
+                                        (-3.4e38, 0.2), (-60_000, 0.004)])
+def test_hot_pixels_and_fill_values_do_not_set_the_range(tmp_path: Path, odd: float,
+                                                         share: float) -> None:
+    values = np.linspace(1000, 2000, 1000, dtype=np.float32)
+    values[500:500 + int(share * 1000)] = odd
+    Image.fromarray(values.reshape(20, 50)).save(tmp_path / "x.tif")
+    grey = pixels(tmp_path / "x.tif")[..., 0].ravel()
+    assert grey[10] < 10 and abs(int(grey[250]) - 64) < 4 and grey[990] > 245
+    assert grey[500] == (255 if odd > 0 else 0)
+
+
+@pytest.mark.parametrize("array", [np.full((3, 4), 777, np.uint16),
+                                   np.full((3, 4), np.nan, np.float32)])
+def test_constant_deep_images_are_black(tmp_path: Path, array: np.ndarray) -> None:
+    Image.fromarray(array).save(tmp_path / "x.tif")
+    assert not pixels(tmp_path / "x.tif").any()
+
+
+def test_few_bright_spots_are_seen(tmp_path: Path) -> None:
+    array = np.full((40, 40), 100, np.uint16)
+    array[7, 7] = 900
+    Image.fromarray(array).save(tmp_path / "x.tif")
+    grey = pixels(tmp_path / "x.tif")[..., 0]
+    assert grey[7, 7] == 255 and grey.sum() == 255
+
+
+@pytest.fixture
+def two_levels(tmp_path: Path) -> Path:
+    """16 bits, two classes that differ by their intensity alone, in parts of their own."""
+    rng = np.random.default_rng(0)
+    for part, add in (("train", 0), ("val", 0), ("test", 30_000)):
+        for name, level in (("dark", 1000), ("light", 3000)):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for i in range(4):
+                values = rng.normal(level + add, 50, (30, 30)).astype(np.uint16)
+                Image.fromarray(values).save(tmp_path / "set" / part / name / f"{i}.png")
+    return tmp_path / "set"
+
+
+def test_one_window_for_all_keeps_intensities_apart(two_levels: Path) -> None:
+    images = split_images(read_images(two_levels))
+    auto, each, fixed = (with_window(images, how) for how in ("auto", "image", (0, 4000)))
+    low, high = auto.window
+    assert 800 < low < 1000 and 3000 < high < 3200  # of the training part alone
+    assert each.window is None and fixed.window == (0, 4000)
+    assert with_window(images).window == auto.window
+
+    def mean(images: ImageSet, name: str) -> float:
+        return float(pixels(images.folder / "train" / name / "0.png", images.window).mean())
+    assert mean(auto, "light") - mean(auto, "dark") > 200
+    assert abs(mean(each, "light") - mean(each, "dark")) < 20
+    assert abs(mean(fixed, "light") - 3000 / 4000 * 255) < 2
+
+
+def test_batches_and_cache_are_seen_through_the_window(two_levels: Path, tmp_path: Path) -> None:
+    images = with_window(split_images(read_images(two_levels)))
+    rows = images.part("val")
+    for cache in (None, data.ImageCache(images, 16, tmp_path / "cache")):
+        dataset = data.ImageRows(images, rows, data.augmentation(16, "none"), cache=cache)
+        (batch,) = data.make_loader(dataset, 8, shuffle=False)
+        means = batch.mean((1, 2, 3))
+        assert means[:4].max() + 2 < means[4:].min()
+    data.ImageCache(with_window(images, (0, 4000)), 16, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # another window, another cache
+
+
+def test_images_of_8_bits_have_no_window(tmp_path: Path) -> None:
+    images = with_window(read_images(class_folders(tmp_path, a=3)))
+    assert images.window is None
+    assert np.array_equal(pixels(tmp_path / "a" / "0.png", (0, 9)), np.asarray(noise(0)))
+
+
+def test_command_shows_depth_window_and_alpha(two_levels: Path,
+                                              capsys: pytest.CaptureFixture) -> None:
+    Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(two_levels / "train" / "dark" / "9.png")
+    data.main(["--data", str(two_levels), "--window", "0,4000"])
+    said = capsys.readouterr().out
+    assert "modes: I;16 of 16 bits or more (24), RGBA (1)" in said
+    assert "16 bits or more: 0 to 4000" in said and "the same everywhere: left out (1)" in said
+
+
+# %% damage
+
+
+def truncated(file: Path) -> None:
+    noise(0, 100, 100).save(file, "JPEG")
+    file.write_bytes(file.read_bytes()[:2000])
+
+
+def bomb(file: Path) -> None:
+    """A PNG of 60,000 x 60,000 pixels, as its header says; the pixels are not there."""
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in ((b"IHDR", header), (b"IDAT", b""))))
+
+
+@pytest.mark.parametrize("name, make, words", [
+    ("cut.jpg", truncated, ["truncated", "--skip-bad"]),
+    ("empty.png", lambda f: f.write_bytes(b""), ["no form", "--skip-bad"]),
+    ("text.png", lambda f: f.write_text("hello"), ["no form", "--skip-bad"]),
+    ("bomb.png", bomb, ["pixels"]),
+    ("gone.png", lambda f: None, ["not there"]),
+    ("folder.png", lambda f: f.mkdir(), ["directory"]),
+])
+def test_files_that_are_no_image_are_named(tmp_path: Path, name: str, make, words) -> None:
+    make(tmp_path / name)
+    with pytest.raises(DataError) as error:
+        load_image(tmp_path / name)
+    said = str(error.value)
+    assert said.startswith(str(tmp_path / name)) and said.count(name) == 1 and "\n" not in said
+    assert all(word in said for word in words), said
+
+
+def test_good_rows_leaves_out_and_counts_damaged_images(tmp_path: Path) -> None:
+    class_folders(tmp_path, cat=3)
+    truncated(tmp_path / "cat" / "cut.jpg")
+    (tmp_path / "cat" / "empty.png").touch()
+    images = data.good_rows(read_images(tmp_path))
+    assert [r.path for r in images.rows] == ["cat/0.png", "cat/1.png", "cat/2.png"]
+    assert images.notes == ["2 images that can't be read are left out, such as cat/cut.jpg"]
+    assert data.find_images(tmp_path, skip_bad=True).notes == images.notes
+    for file in tmp_path.glob("cat/?.png"):
+        file.unlink()
+    with pytest.raises(DataError, match="no image that can be read"):
+        data.good_rows(read_images(tmp_path))
