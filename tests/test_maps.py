@@ -194,7 +194,7 @@ def test_the_command_draws_what_the_arrays_say(data: Path, run: Path, tmp_path: 
     for name in names:
         with Image.open(out / f"{name}.png") as picture:
             assert 700 < picture.width < 2000 and 300 < picture.height < 2000
-            assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 50
+            assert len(picture.getcolors(picture.width * picture.height)) > 50
     average = np.load(out / "attention-average.npz")
     assert len(average) == 3
     assert all(values.mean() == pytest.approx(1) for values in average.values())
