@@ -1,183 +1,214 @@
-"""extras/tables.py: runs are shared and resumed, and every number comes from a result.json."""
+"""extras/tables.py: runs are shared and never confused, and every number comes from its runs."""
 
-import csv
 import json
-import shutil
+import re
+import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 
+import cass
+import dino
+import finetune
 from extras import tables
-from helpers import put, sentence
-from metrics import mean_and_spread
+from helpers import class_folders, put, sentence
+
+SCRIPTS = {"cass.py": (cass.cass_options, cass.main), "dino.py": (dino.dino_options, dino.main),
+           "finetune.py": (finetune.tune_options, finetune.main)}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 images in two classes, dark and bright."""
-    root, rng = tmp_path_factory.mktemp("images") / "tiny", np.random.default_rng(0)
-    for name, level in (("dark", 60), ("bright", 190)):
-        (root / name).mkdir(parents=True)
-        for i in range(20):
-            pixels = rng.normal(level, 20, (32, 32, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
+    return class_folders(tmp_path_factory.mktemp("images") / "tiny", cat=20, dog=20)
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = tables.SIZES["small"] | {"image_size": 32, "epochs": 2, "tuning": 1, "out_dim": 16}
-    monkeypatch.setitem(tables.SIZES, "small", small)
-    rows = [row for row in tables.TABLES["T4"]["rows"] if row["labels"] == 1]
-    monkeypatch.setitem(tables.TABLES, "T4", tables.TABLES["T4"] | {"rows": rows})
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """In place of processes: the options of each run that is made. A run leaves the files of a
+    finished one, its scores drawn from its options; 13 epochs fail, and so does what needs them."""
+    runs = []
+
+    def run(command: list, check: bool) -> None:
+        script, words = Path(command[1]).name, command[2:]
+        options = vars(SCRIPTS[script][0]().parse_args(words))  # the command knows every option
+        runs.append({"script": script} | options)
+        weights = options.get("weights")
+        if options["epochs"] == 13 or weights and not tables.finished(weights):
+            return
+        draw = np.random.default_rng(list(repr(options).encode())).random
+        folder = options["out"]
+        folder.mkdir(parents=True)
+        rows = [{"epoch": epoch, "seconds": 1800} | {
+            f"{arm}_{gauge}": draw() for arm in ("cnn", "transformer", "backbone")
+            for gauge in ("cosine", "rank")} for epoch in (0, 1)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if script == "finetune.py":
+            method = weights.name.split("-")[0] if weights else options["arch"][0]
+            names = ("cnn", "transformer", "ensemble") if method == "cass" else (method,)
+            arms = {name: {"test": {
+                "headline": draw(), "multi_label": False, "argmax": {"balanced_accuracy": draw()},
+                "threshold_0.5": {"f1_pooled": draw()}}} for name in names}
+            result = {"seeds": [{"chosen": names[-1], "arms": arms}], "guess": {"headline": 0.321}}
+            (folder / "result.json").write_text(json.dumps(result))
+        (folder / "config.json").write_text('{"finished": true}')
+
+    monkeypatch.setattr(tables, "subprocess", SimpleNamespace(run=run))
+    return runs
 
 
-def sweep(folder: Path, out: Path, *names: str, seeds: int = 2) -> None:  # names of tables, and other options
-    tables.main([*names, "--data", str(folder), "--out", str(out), "--seeds", str(seeds), "--workers", "0"])
+def sweep(folder: Path, out: Path, *words: str) -> None:
+    tables.main([*words, "--data", str(folder), "--out", str(out), "--seeds", "2"])
 
 
-def read(file: Path) -> list[dict]:
-    with open(file, newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
+def read(out: Path, name: str) -> dict[tuple, list[str]]:
+    """The cells of a written table: {(method, arm, share of labels): the others}."""
+    cells = {}
+    for line in (out / "tiny-small" / f"{name}.md").read_text().splitlines():
+        if line.startswith("|"):
+            method, arm, share, *others = line.strip("| ").split(" | ")
+            cells[method, arm, share] = cells.get((method, arm, share), []) + others
+    return cells
 
 
-def test_a_table_is_computed_from_its_runs_and_shared_with_others(folder, tmp_path, capsys, monkeypatch):
-    sweep(folder, tmp_path, "T4")
-    shown = capsys.readouterr().out
-    assert shown.count("$ python cass.py") == 4 and shown.count("$ python dino.py") == 4  # 2 losses, 2 arms; 2 seeds
-    assert shown.count("$ python finetune.py") == 12  # CASS 2, DINO 2, supervised 2; 2 seeds
-    row = next(r for r in read(tmp_path / "tiny-small" / "T4.csv") if (r["method"], r["arm"], r["name"]) == ("CASS", "transformer", ""))
-    results = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("tiny-small/seed*/cass-*tuned-1/result.json"))
-               if "contrast" not in str(file)]
-    scores = [r["seeds"][0]["arms"]["transformer"]["test"]["headline"] for r in results]
-    assert len(scores) == 2
-    mean, spread, n = mean_and_spread(scores)
-    assert (float(row["headline_mean"]), float(row["headline_sd"]), int(row["headline_n"])) == (mean, spread, n)
-    assert float(row["paper_mean"]) == 0.9279 and float(row["cosine_mean"]) <= 1
-
-    text = (tmp_path / "tiny-small" / "T4.md").read_text()
-    assert "not the paper's set-up" in text and "8 test images, of which 0 also stand in training or validation" in text
-    assert "0.9279 ± 0.0213" in text and "Gain of CASS over DINO at 100% of the labels" in text
-
-    ours, scratch = ({json.loads(file.read_text())["seeds"][0]["seed"]: json.loads(file.read_text())["seeds"][0]["arms"]
-                      for file in tmp_path.glob(f"tiny-small/seed*/{name}/result.json")}
-                     for name in ("cass-*contrast*tuned-1", "supervised-test_vit-*"))
-    gaps = [ours[s]["transformer"]["test"]["headline"] - next(iter(scratch[s].values()))["test"]["headline"] for s in (0, 1)]
-    line = next(line for line in text.splitlines() if line.startswith("| transformer | 100% | ") and line.count("|") == 6)
-    said, error = line.split("|")[5].split("(")[0].split("±")
-    assert float(said) == pytest.approx(np.mean(gaps), abs=1e-4)
-    assert float(error) == pytest.approx(np.std(gaps, ddof=1) / 2**0.5, abs=1e-4)
-
-    before = read(tmp_path / "tiny-small" / "T4.csv")
-    sweep(folder, tmp_path, "T4")  # nothing is computed twice
-    assert "$ python" not in capsys.readouterr().out
-    assert read(tmp_path / "tiny-small" / "T4.csv") == before and not any(row["failed"] for row in before)
-    monkeypatch.setitem(tables.TABLES, "T14", tables.TABLES["T14"] | {"rows": tables.TABLES["T14"]["rows"][2:4]})
-    sweep(folder, tmp_path, "T14")  # batch 16 is the base of T4
-    assert "$ python" not in capsys.readouterr().out
-    file = next(tmp_path.glob("tiny-small/seed0/cass-*tuned-1/result.json"))
-    changed = json.loads(file.read_text())
-    for arm in changed["seeds"][0]["arms"].values():
-        arm["test"]["headline"] = 0.123
-    file.write_text(json.dumps(changed))
-    sweep(folder, tmp_path, "T4", seeds=1)
-    assert any(r["headline_mean"] == "0.123" for r in read(tmp_path / "tiny-small" / "T4.csv"))  # read, never remembered
+def scores(made: list[dict], seed: int) -> dict[str, dict]:
+    """{"supervised NETWORK", "dino.py NETWORK" or "cass.py LOSS": result.json's arms}."""
+    found, starts = {}, {run["out"]: run for run in made}
+    for run in made:
+        if run["script"] == "finetune.py" and run["seed"] == seed:
+            start = starts.get(run["weights"], {"script": "supervised", "arch": run["arch"]})
+            name = "".join(start.get("arch") or start["loss"])
+            result = json.loads((run["out"] / "result.json").read_text())
+            found[f"{start['script']} {name}"] = result["seeds"][0]["arms"]
+    return found
 
 
-def test_a_stopped_sweep_goes_on_where_it_was(folder, tmp_path, capsys, monkeypatch):
-    made, real = [], tables.finetune.main
+def test_a_table_holds_the_numbers_of_its_runs(folder, tmp_path, made):
+    sweep(folder, tmp_path, "T4", "--labels", "1")
+    assert len(made) == 2 * (2 * 2 + 2 * 2 + 2)  # seeds; two losses, two of DINO's, two supervised
+    seeds = [scores(made, seed) for seed in (0, 1)]
+    ours = [one["cass.py contrast"]["cnn"]["test"] for one in seeds]
+    first = [test["headline"] for test in ours]
+    cells = read(tmp_path, "T4")
+    row = cells["contrast", "cnn", "100%"]
+    assert row[0] == f"{np.mean(first):.3f}±{np.std(first, ddof=1):.3f}"
+    assert row[1].startswith(f"{np.mean([x['threshold_0.5']['f1_pooled'] for x in ours]):.3f}")
+    assert row[5] == "1.0"  # two epochs of half an hour
+    assert cells["CASS", "transformer", "100%"][2] == "0.9279±0.0213"  # the paper's
+    assert cells["one answer for all", "", "100%"][0] == "0.321"
+    chosen, both = (cells["CASS", arm, "100%"][0] for arm in ("chosen", "ensemble"))
+    assert chosen == both  # here validation chose the ensemble
 
-    def stops_once(arguments):
-        made.append(arguments)
-        if len(made) == 2:
-            raise SystemExit(130)
-        real(arguments)
+    its = [next(iter(one["supervised test_resnet"].values()))["test"]["headline"] for one in seeds]
+    gaps = np.subtract(first, its)
+    said, error = re.match(r"([+-][\d.]+)±([\d.]+)", row[-1]).groups()
+    assert float(said) == pytest.approx(gaps.mean(), abs=1e-3)
+    assert float(error) == pytest.approx(gaps.std(ddof=1) / 2**0.5, abs=1e-3)
 
-    monkeypatch.setattr(tables.finetune, "main", stops_once)
-    rows = [row for row in tables.TABLES["T4"]["rows"] if row["method"] == "supervised"]
-    monkeypatch.setitem(tables.TABLES, "T4", tables.TABLES["T4"] | {"rows": rows})
-    with pytest.raises(SystemExit) as stop:
-        sweep(folder, tmp_path, "T4", seeds=1)
-    assert stop.value.code == 130
-    sweep(folder, tmp_path, "T4", seeds=1)
-    assert len(made) == 3 and made[1] == made[2] != made[0]  # the first is not made again
-
-
-def test_a_failed_run_is_a_row_with_its_reason_and_the_sweep_goes_on(folder, tmp_path, capsys, monkeypatch):
-    broken = {"method": "supervised", "arm": "cnn", "labels": 1, "paper": None, "options": {"init": "nowhere"}}
-    rows = [broken] + [row for row in tables.TABLES["T4"]["rows"] if row["method"] == "supervised"]
-    monkeypatch.setitem(tables.TABLES, "T4", tables.TABLES["T4"] | {"rows": rows})
-    sweep(folder, tmp_path, "T4", seeds=1)
-    found = read(tmp_path / "tiny-small" / "T4.csv")
-    assert "nowhere" in found[0]["failed"] and not found[0]["headline_mean"]
-    assert all(row["headline_mean"] and not row["failed"] for row in found[1:])
-    assert "| failed: --init nowhere" in (tmp_path / "tiny-small" / "T4.md").read_text()
-
-
-def test_every_table_is_listed_and_an_unknown_one_named(capsys):
-    tables.main(["--list"])
-    shown = capsys.readouterr().out
-    assert all(f"T{i} " in shown for i in range(1, 22)) and "F19-brain" in shown
-    assert "T9             autoimmune     4 rows   12 runs" in shown  # 2 pretrainings and 2 fine-tunings, 3 seeds
-    with pytest.raises(SystemExit) as stop:
-        tables.main(["T99", "--data", "x"])
-    assert stop.value.code == 2 and "T99" in capsys.readouterr().err
+    text, gain = (tmp_path / "tiny-small" / "T4.md").read_text(), 0.0
+    for one in seeds:
+        for arm, arch in (("cnn", "test_resnet"), ("transformer", "test_vit")):
+            own, other = one["cass.py cosine"][arm], one[f"dino.py {arch}"]["dino"]
+            for sign, test in (50, own["test"]), (-50, other["test"]):  # points, mean of two seeds
+                gain += sign * test["threshold_0.5"]["f1_pooled"]
+    assert float(re.search(r"arms: ([+-][\d.]+) points", text)[1]) == pytest.approx(gain, abs=0.01)
+    assert "paper's: +4.47" in text  # 100 * (0.9909 + 0.9279 - 0.9900 - 0.8841), by hand
+    assert max(map(len, text.splitlines())) <= 100 and "Not the paper's set-up" in text
 
 
-def test_an_ablation_changes_pretraining_only():
-    args = tables.tables_options().parse_args(["T6", "--data", "d", "--size", "paper"])
+def test_tables_share_runs_and_options_or_images_make_others(folder, tmp_path, made):
+    sweep(folder, tmp_path, "T6")
+    count = len(made)
+    assert count == 12
+    sweep(folder, tmp_path, "T6", "T9", "--workers", "0")  # how it is run changes no number
+    assert len(made) == count + 4  # SGD; Adam is batch 16 of T6
+    for words, more in ("--schedule run", 4), ("--epochs 7", 8), ("--precision bf16", 8):
+        count = len(made)
+        sweep(folder, tmp_path, "T9", *words.split())
+        assert len(made) == count + more, words
+    put(folder, "cat/another.png")
+    sweep(folder, tmp_path, "T9")
+    assert len(made) == count + more + 8
+    (folder / "cat/another.png").unlink()
+
+
+def test_an_ablation_changes_pretraining_only(folder, tmp_path, made):
+    fixed = {"script", "weights", "out"}
     for name in ("T6", "T7", "T8", "T9", "T14", "T15", "T21"):
-        tuned = []
-        for row in tables.TABLES[name]["rows"]:
-            (_, _, pretrained), (module, options, _) = tables.jobs_of(row, 0, args)
-            assert module is tables.finetune and options["weights"] == pretrained
-            tuned.append({key: value for key, value in options.items() if key != "weights"})
-        assert all(options == tuned[0] for options in tuned)
-    epochs = [tables.jobs_of(row, 0, args)[0][1]["epochs"] for row in tables.TABLES["T7"]["rows"][::2]]
-    assert epochs == [50, 100, 200, 300]
+        sweep(folder, tmp_path, name, "--size", "paper")
+    tuned = [{k: v for k, v in run.items() if k not in fixed}
+             for run in made if run["script"] == "finetune.py" and run["seed"] == 0]
+    assert len(tuned) > 10 and all(options == tuned[0] for options in tuned)
+    epochs = {run["epochs"] for run in made if run["script"] == "cass.py"}
+    assert epochs == {50, 100, 200, 300}
 
 
-def test_a_finished_run_is_not_passed_off_as_one_with_other_options(folder, tmp_path, capsys, monkeypatch):
-    rows = [row for row in tables.TABLES["T4"]["rows"] if row["method"] == "supervised" and row["arm"] == "cnn"]
-    monkeypatch.setitem(tables.TABLES, "T4", tables.TABLES["T4"] | {"rows": rows})
-    sweep(folder, tmp_path / "out", "T4", seeds=1)
-    for other in (["--schedule", "run"], ["--split-file", str(next((tmp_path / "out").rglob("split.csv")))]):
-        with pytest.raises(SystemExit) as stop:
-            sweep(folder, tmp_path / "out", "T4", *other, seeds=1)
-        assert stop.value.code == 2
-        (row,) = read(tmp_path / "out" / "tiny-small" / "T4.csv")
-        assert other[0] in row["failed"] and not row["headline_mean"]
-    moved = folder.parent / "elsewhere" / "tiny"  # another data set of the same name
-    shutil.copytree(folder, moved)
-    with pytest.raises(SystemExit):
-        sweep(moved, tmp_path / "out", "T4", seeds=1)
-    assert "--data" in read(tmp_path / "out" / "tiny-small" / "T4.csv")[0]["failed"]
+@pytest.mark.parametrize("size", ["small", "paper"])
+def test_every_table_prints_runs_in_an_order_that_works(folder, tmp_path, capsys, size, made):
+    names = [name for name in tables.TABLES if name != "T1"]
+    assert [f"T{i}" for i in range(1, 22)] == list(tables.TABLES)[:21]
+    sweep(folder, tmp_path / "out", *names, "--print", "--size", size)
+    lines, there = capsys.readouterr().out.splitlines(), set()
+    for line in lines:
+        python, script, *words = shlex.split(line)
+        options = SCRIPTS[script][0]().parse_args(words)
+        assert python == "python" and options.out not in there  # each once
+        assert getattr(options, "weights", None) in {None, *there}  # pretraining comes first
+        there.add(options.out)
+    tuned = [line for line in lines if line.startswith("python finetune.py")]
+    assert 100 < len(lines) and lines[-len(tuned):] == tuned
+    assert not (tmp_path / "out").exists() and not made
 
 
-def test_the_best_arm_is_the_one_with_the_better_mean(folder, tmp_path, capsys, monkeypatch):
-    rows = tables.TABLES["F19-brain"]["rows"][-1:]
-    assert rows[0]["method"] == "supervised" and rows[0]["arm"] == "best"
-    monkeypatch.setitem(tables.TABLES, "F19-brain", tables.TABLES["F19-brain"] | {"rows": rows})
-    scores = {("test_resnet", 0): 0.9, ("test_resnet", 1): 0.1, ("test_vit", 0): 0.6, ("test_vit", 1): 0.5}
-
-    def fake(row, seed, args, metric):
-        arch = tables.jobs_of(row, seed, args)[0][1]["arch"]
-        return {"headline": scores[arch, seed], "metric": 0.0, "images": 8, "headline_name": "macro F1"}
-
-    monkeypatch.setattr(tables, "make", lambda *job: "")
-    monkeypatch.setattr(tables, "scores_of", fake)
-    sweep(folder, tmp_path, "F19-brain")
-    (row,) = read(tmp_path / "tiny-small" / "F19-brain.csv")
-    assert float(row["headline_mean"]) == pytest.approx(0.55) and "transformer" in row["name"]
+def test_a_failed_run_leaves_a_gap_and_an_exit_code(folder, tmp_path, made, capsys):
+    call = sweep, folder, tmp_path, "T7", "--epochs", "13"  # the row of 100 epochs has 13
+    assert "4 runs failed" in sentence(capsys, lambda: call[0](*call[1:]))
+    cells = read(tmp_path, "T7")
+    assert cells["100 epochs", "cnn", "100%"][:3] == ["", "", "0.865±0.0001"]
+    assert all(cells[f"{n} epochs", "cnn", "100%"][0] for n in (50, 200, 300))
+    count = len(made)
+    assert "4 runs failed" in sentence(capsys, lambda: call[0](*call[1:]))
+    assert len(made) == count + 4  # only those are tried again
 
 
-def test_bad_options_end_before_anything_is_made(folder, tmp_path, capsys):
-    for options, word in ((["T4", "--labels", "0.5"], "--labels"), (["T4", "--seeds", "0"], "--seeds"),
-                          (["T4", "--epochs", "0"], "--epochs"), (["t4"], "T4")):
-        assert word in sentence(capsys, lambda: tables.main([*options, "--data", str(folder), "--out", str(tmp_path / "o")]))
+def test_bad_options_end_before_anything_is_made(folder, tmp_path, capsys, made):
     flat = put(tmp_path / "flat", *(f"{i}.png" for i in range(20)))
-    assert "no labels" in sentence(capsys, lambda: tables.main(["T4", "--data", str(flat), "--out", str(tmp_path / "o")]))
-    assert "nowhere" in sentence(capsys, lambda: tables.main(["T4", "--data", "nowhere", "--out", str(tmp_path / "o")]))
-    assert not (tmp_path / "o").exists()
+    for words, word in (["T99"], "T99"), (["T4", "--labels", "0.5"], "--labels"), (
+            ["T4", "--seeds", "0"], "--seeds"), (["T4", "--device", "abacus"], "--device"), (
+            ["T4", "--data", str(flat)], "no labels"), (["T4", "--data", "nowhere"], "nowhere"):
+        options = ["--data", str(folder), "--out", str(tmp_path / "out"), *words]
+        assert word in sentence(capsys, lambda: tables.main(options))
+    assert "--data" in sentence(capsys, lambda: tables.main(["T4"]))
+    assert not (tmp_path / "out").exists() and not made
+
+
+def test_the_best_arm_is_the_one_with_the_better_mean(folder, tmp_path, made):
+    sweep(folder, tmp_path, "F19-brain", "--labels", "1")
+    seeds = [scores(made, seed) for seed in (0, 1)]
+    means = {arm: np.mean([next(iter(one[f"supervised {arch}"].values()))["test"]["headline"]
+                           for one in seeds])
+             for arm, arch in (("cnn", "test_resnet"), ("transformer", "test_vit"))}
+    best = max(means, key=means.get)
+    row = read(tmp_path, "F19-brain")["supervised", best, "100%"]
+    assert row[0].startswith(f"{means[best]:.3f}")
+
+
+def test_real_runs_make_a_table(folder, tmp_path, monkeypatch):
+    def run(command: list, check: bool) -> None:  # as a process would, but without its imports
+        SCRIPTS[Path(command[1]).name][1](command[2:])
+
+    monkeypatch.setattr(tables, "subprocess", SimpleNamespace(run=run))
+    size = {"image_size": 32, "epochs": 2, "tuning": 1, "out_dim": 16}
+    monkeypatch.setitem(tables.SIZES, "small", tables.SIZES["small"] | size)
+    rows = [row for row in tables.TABLES["T4"]["rows"] if row["arm"] == "transformer"]
+    monkeypatch.setitem(tables.TABLES, "T4", tables.TABLES["T4"] | {"rows": rows})
+    words = ["T4", "--data", str(folder), "--out", str(tmp_path), "--labels", "1", "--seeds", "1"]
+    tables.main([*words, "--workers", "0"])
+    cells = read(tmp_path, "T4")
+    for method in ("CASS", "contrast", "DINO", "supervised"):
+        row = cells[method, "transformer", "100%"]
+        assert 0 <= float(row[0]) <= 1 and 0 <= float(row[1]) <= 1
+        if method != "supervised":
+            assert -1 <= float(row[3]) <= 1 and float(row[4]) >= 1
