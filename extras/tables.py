@@ -7,10 +7,8 @@
 The tables are plain dicts in `extras/paper.py`; add a row by adding a dict. Each of their runs is a
 command of this project, in a folder named by a digest of its options and images: tables share runs,
 and a sweep that was stopped goes on where it was. To share the runs out over processes or machines,
-run the lines of runs.txt, all of pretraining before the others, and then make the tables:
-
-    grep -v finetune.py runs.txt | xargs -P 2 -L 1 env
-    grep finetune.py runs.txt | xargs -P 2 -L 1 env
+run the lines of runs.txt, all of pretraining before the others, such as by
+`grep -v finetune.py runs.txt | xargs -P 2 -L 1 env`, and then make the tables.
 """
 
 import argparse
@@ -63,12 +61,11 @@ def runs_of(row: dict, seed: int, args: argparse.Namespace) -> dict[Path, list[s
 
     if row["method"] == "supervised":
         add("finetune.py", f"supervised-{arch}", tuning | {"init": start["init"], "arch": arch})
-        return runs
-    if row["method"] == "DINO":
-        folder = add("dino.py", f"dino-{arch}", start | {"arch": arch, "out_dim": size["out_dim"]})
     else:
-        folder = add("cass.py", "cass", start | arms | own)
-    add("finetune.py", f"{folder.name}-tuned", tuning, folder)
+        dino = start | {"arch": arch, "out_dim": size["out_dim"]}
+        folder = (add("cass.py", "cass", start | arms | own) if row["method"] == "CASS" else
+                  add("dino.py", f"dino-{arch}", dino))
+        add("finetune.py", f"{folder.name}-tuned", tuning, folder)
     return runs
 
 
@@ -77,8 +74,7 @@ def missing_runs(rows: list[dict], args: argparse.Namespace) -> list[list[str]]:
     runs = {}
     for seed in range(args.seeds):
         for row in rows:
-            for arm in ARMS if row["arm"] == "best" else [row["arm"]]:
-                runs |= runs_of(row | {"arm": arm}, seed, args)
+            runs |= runs_of(row, seed, args)
     missing = [words for folder, words in runs.items() if not finished(folder)]
     return sorted(missing, key=lambda words: words[0] == "finetune.py")
 
@@ -93,10 +89,7 @@ def finished(folder: Path) -> bool:
 
 def fill(row: dict, args: argparse.Namespace, metric: str) -> dict:
     """The row with its `words` and its `seeds`: {seed: numbers} from result.json and log.jsonl, of
-    those whose runs are finished. A `best` row is the arm with the better mean."""
-    if row["arm"] == "best":
-        arms = [fill(row | {"arm": arm}, args, metric) for arm in ARMS]
-        return max(arms, key=lambda one: (summary(one, "score") or [-1])[0])
+    those whose runs are finished."""
     seeds, name = {}, row.get("name") or row["method"]
     for seed in range(args.seeds):
         *pretrained, tuned = runs_of(row, seed, args)
@@ -111,9 +104,8 @@ def fill(row: dict, args: argparse.Namespace, metric: str) -> dict:
                        "guess": result.get("guess", {}).get("headline")}
         for folder in pretrained:
             log = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
-            for gauge in ("cosine", "rank"):
-                arm = "backbone" if row["method"] == "DINO" else row["arm"]
-                seeds[seed][gauge] = log[-1].get(f"{arm}_{gauge}")
+            arm = "backbone" if row["method"] == "DINO" else row["arm"]
+            seeds[seed] |= {key: log[-1].get(f"{arm}_{key}") for key in ("cosine", "rank")}
             seeds[seed]["hours"] = sum(line["seconds"] for line in log) / 3600
     return row | {"words": [name, row["arm"], f"{row['labels']:.0%}"], "seeds": seeds}
 
@@ -162,7 +154,7 @@ def compared_lines(rows: list[dict], metric: str) -> list[str]:
             lines.append(row["words"] + cells)
     for labels in sorted({row["labels"] for row in rows}):
         four = [plain.get((method, arm, labels)) for method in methods[:2] for arm in ARMS]
-        if all(row and row["seeds"] for row in four):
+        if all(row and row["seeds"] and not row.get("name") for row in four):
             ours, papers = [summary(row, metric)[0] for row in four], [r["paper"][0] for r in four]
             own, its = (100 * (sum(x[:2]) - sum(x[2:])) for x in (ours, papers))
             gains += ["", f"Gain of CASS over DINO, {labels:.0%} of the labels, both arms: "
@@ -235,10 +227,11 @@ def make_tables(args: argparse.Namespace) -> None:
         if not args.print:  # a process of its own each: one that dies leaves the others alone
             script = Path(__file__).parents[1] / words[0]
             subprocess.run([sys.executable, script, *words[1:]], check=False)
-    for name in tables if not args.print else ():
+    if args.print:
+        return
+    for name in tables:
         write_table(name, tables[name], args)
-    failed = missing_runs(rows, args)
-    if failed and not args.print:
+    if failed := missing_runs(rows, args):
         raise UserError(f"{len(failed)} runs failed, see above; the same command tries them again")
 
 
@@ -246,13 +239,12 @@ def write_table(name: str, rows: list[dict], args: argparse.Namespace) -> None:
     """Write NAME.md, and show it."""
     table, facts = TABLES[name], args.setup | {"seeds": args.seeds, "schedule": args.schedule}
     own = "The paper's set-up" if args.setup == SIZES["paper"] else "**Not the paper's set-up**"
-    setup = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
-    text = f"{own}: {args.data.resolve().name}, {args.size} networks, {setup}."
+    text = ", ".join([f"{own}: {args.data.resolve().name}", f"{args.size} networks",
+                      *(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())])
     lines = [f"### {name}: {table['title']} ({table['data']})", "", *textwrap.wrap(text, 100)]
     if name == "T1":
-        arms = SMALL_TIMED if args.size == "small" else ARMS
-        options = arms | {"data": args.data, "image_size": args.setup["image_size"],
-                          "device": args.device, "workers": args.workers}
+        options = (SMALL_TIMED if args.size == "small" else ARMS) | {
+            "data": args.data, "image_size": args.setup["image_size"], "device": args.device}
         lines += ["", *textwrap.wrap(table["note"], 100), ""]
         lines += speed.time_lines(speed.speed_options().parse_args(typed(options)))
     else:

@@ -184,17 +184,6 @@ def test_bad_options_end_before_anything_is_made(folder, tmp_path, capsys, made)
     assert not (tmp_path / "out").exists() and not made
 
 
-def test_the_best_arm_is_the_one_with_the_better_mean(folder, tmp_path, made):
-    sweep(folder, tmp_path, "F19-brain", "--labels", "1")
-    seeds = [scores(made, seed) for seed in (0, 1)]
-    means = {arm: np.mean([next(iter(one[f"supervised {arch}"].values()))["test"]["headline"]
-                           for one in seeds])
-             for arm, arch in (("cnn", "test_resnet"), ("transformer", "test_vit"))}
-    best = max(means, key=means.get)
-    row = read(tmp_path, "F19-brain")["supervised", best, "100%"]
-    assert row[0].startswith(f"{means[best]:.3f}")
-
-
 def test_real_runs_make_a_table(folder, tmp_path, monkeypatch):
     def run(command: list, check: bool) -> None:  # as a process would, but without its imports
         SCRIPTS[Path(command[1]).name][1](command[2:])
