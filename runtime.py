@@ -1,8 +1,7 @@
 """What every training loop needs and no method cares about.
 
-Seed, device and precision; building a timm model; the folder a run leaves behind (config, log,
-checkpoint, weights); stopping on a signal; one clear exit for user errors. Nothing here knows a
-loss, an image or a label.
+Options, device and precision; timm models and their weights; the folder a run leaves behind; one
+clear exit for errors that a user can mend. Nothing here knows a loss, an image or a label.
 """
 
 import argparse
@@ -17,15 +16,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 # %% errors a user can mend
@@ -35,61 +36,84 @@ class UserError(Exception):
     """Something the user can put right; its text is one sentence that says what and how."""
 
 
+MENDABLE = {  # a part of what PyTorch says -> what a user can do
+    "out of memory": "memory ran out; take a smaller --batch-size or --image-size",
+    "can't allocate memory": "memory ran out; take a smaller --batch-size or --image-size",
+    "exited unexpectedly": "a loader process was killed, perhaps for memory; take fewer --workers",
+    "killed by signal": "a loader process was killed, perhaps for memory; take fewer --workers",
+}
+
+
 @contextmanager
-def clear_exit(*errors: type[Exception]) -> Iterator[None]:
-    """Turn a `UserError`, a file that can't be used, or one of `errors`, into one sentence on stderr and exit code 2."""
+def clear_exit(*errors: type[Exception], resumable: bool = False) -> Iterator[None]:
+    """Inside it, a `UserError`, a file that can't be used, or one of `errors` ends in one sentence
+    on stderr and exit code 2; Ctrl-C and SIGTERM in exit code 130 and a line on how to go on."""
+    if threading.current_thread() is threading.main_thread():  # Python allows it only there
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except (UserError, OSError, *errors) as error:
+    except KeyboardInterrupt:
+        again = command_line().replace(" --resume", "") + " --resume"
+        print(f"\nstopped; go on with\n  {again}" if resumable else "\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (UserError, OSError, RuntimeError, *errors) as error:
         # An error from a loader's worker arrives with that worker's traceback in front of it.
-        sentence = re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
+        sentence = re.sub(r"^[\w.]*Error: ", "", str(error).strip().split("\n")[-1])
+        if isinstance(error, RuntimeError):
+            sentence = next((MENDABLE[part] for part in MENDABLE if part in str(error)), None)
+        if sentence is None:
+            raise
         print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-# %% options, seed, device, precision
+# %% options, device, precision
 
 
-class Options(argparse.ArgumentParser):
-    """An argument parser that says in one sentence what is wrong, and where to read more."""
+def command_line() -> str:
+    """The command that is running, as it can be typed again."""
+    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
 
-    def error(self, message: str) -> None:
+def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser that says in one sentence what is wrong, and where to read more."""
+    def error(message: str) -> NoReturn:
         print(f"error: {message}; see --help", file=sys.stderr)
         raise SystemExit(2)
 
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.error = error
+    return parser
 
-def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float | None,
-                    image_size: int | None) -> None:
+
+def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int,
+                    lr: float | None, image_size: int | None) -> None:
     """Add the options that mean the same in every command; the defaults are the paper's."""
+    rate = f"{lr:g}" if lr else "1e-3, the paper's; 3e-4 with --loss contrast"
+    size = f"{image_size}, the paper's" if image_size else "as in pretraining, else the paper's 384"
     add = parser.add_argument
     add("--out", type=Path, help="run folder (default: runs/<method>-<data set>)")
-    add("--epochs", type=positive(int), default=epochs, help="passes over the data (paper: %(default)s)")
-    add("--batch-size", type=positive(int), default=batch_size, help="images a step (paper: %(default)s)")
-    add("--lr", type=positive(float), default=lr,
-        help="highest learning rate (default: " + (f"{lr:g})" if lr else "1e-3, the paper's; 3e-4 with --loss contrast)"))
+    add("--epochs", type=positive(int), default=epochs, help=f"passes over the data ({epochs})")
+    add("--batch-size", type=positive(int), default=batch_size,
+        help=f"images a step ({batch_size})")
+    add("--lr", type=positive(float), default=lr, help=f"highest learning rate ({rate})")
     add("--image-size", type=positive(int), default=image_size,
-        help="images are resized to this square, in pixels (default: "
-             + (f"{image_size}, the paper's)" if image_size else "as in pretraining, else the paper's 384)"))
+        help=f"images are resized to this square, in pixels ({size})")
     add("--init", default="imagenet", metavar="imagenet|random|FOLDER",
-        help="start weights: ImageNet through timm (paper), random, or a folder of weight files "
-             "named like the model, for machines without internet; cass.py takes two joined by a comma for its "
-             "two arms (default: %(default)s)")
-    add("--seed", type=int, default=0, help="drives weights, order and augmentation (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+        help="start weights: through timm (the paper's: %(default)s), random, or a folder of files "
+             "named like the model; cass.py takes two for its two arms, joined by a comma")
+    add("--seed", type=int, default=0, help="drives weights, order and augmentation (0)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (%(default)s)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-        help="auto is bf16 or fp16 on a GPU and fp32 on the CPU (default: %(default)s)")
-    add("--workers", type=int, help="loader processes; any number gives the same bits (default: 1 on the "
-        "CPU, where more would fight with the training threads, and up to 8 beside a GPU)")
-    add("--cache", type=Path, metavar="DIR", help="keep the resized images there, one file of 3 bytes a "
-        "pixel, and read them from it from then on; the results are the same to the bit")
+        help="auto: bf16 where the processor multiplies in it, else fp16 on a GPU, fp32 on a CPU")
+    add("--workers", type=int, help="loader processes; any number gives the same bits (1 beside a "
+        "CPU, where more would fight with training, and up to 8 beside a GPU)")
+    add("--cache", type=Path, metavar="DIR", help="keep the resized images there, in one file of 3 "
+        "bytes a pixel; results are the same to the bit")
     add("--resume", action="store_true", help="go on from the last checkpoint of this run")
-    add("--overwrite", action="store_true", help="start anew in a folder that already holds a run")
 
 
-def positive(kind: type) -> Any:
+def positive(kind: type) -> Callable[[str], Any]:
     """An argparse type: a number of `kind` above zero."""
     def parse(text: str) -> Any:
         value = kind(text)
@@ -103,61 +127,83 @@ def positive(kind: type) -> Any:
 def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` is the first GPU there is, else the CPU."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} can't be used on this machine; try --device cpu "
                         f"({str(error).splitlines()[0]})") from None
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # every batch has the same size
-    return device
+    torch.backends.cudnn.benchmark = name.startswith("cuda")  # every batch has the same size
+    return torch.device(name)
 
 
 def pick_workers(workers: int | None, device: torch.device) -> int:
     """The number of loader processes: `workers`, or what suits the device if that is None."""
-    if workers is not None and workers < 0:
-        raise UserError(f"--workers {workers} is below 0")
     if workers is None:
-        workers = min(8, max(1, (os.cpu_count() or 1) - 1)) if device.type == "cuda" else 1
+        return min(8, max(1, (os.cpu_count() or 1) - 1)) if device.type == "cuda" else 1
+    if workers < 0:
+        raise UserError(f"--workers {workers} is below 0")
     return workers
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to autocast to; float32 means no autocast. `auto` on the CPU is float32."""
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        # Emulated bf16 counts as supported unless asked otherwise, and is slow.
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    """The dtype to autocast to; float32 means no autocast."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type != "cuda":
+        return torch.float32
+    # Emulated bf16 counts as supported unless asked otherwise, and is slow.
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
-# %% models
+# %% models and their weights
 
 
 def build_model(name: str, init: str, image_size: int, *, outputs: int | None = None,
-                local_size: int | None = None, seed: int = 0) -> nn.Module:
+                seed: int = 0, dynamic: bool = False) -> nn.Module:
     """A timm model that takes `(N, 3, image_size, image_size)` and gives `(N, outputs)` logits.
 
-    `init` is `imagenet`, `random` or a folder of weight files; `outputs=None` keeps the model's
-    own number. Position embeddings are fitted to `image_size`; with `local_size` it must take images
-    of that size too. The model carries `.image_size` and
-    `.fixed_size`, whether it was built for that size alone. Raises `UserError`.
+    `init` is `imagenet`, `random` or a folder of weight files; `outputs=None` keeps the number of
+    the weights. Position embeddings are fitted to `image_size`, with `dynamic` to every batch's.
+    The model carries `.image_size`, `.fixed_size` (was it built for that size alone) and
+    `.origin`, a line on where its weights are from. Raises `UserError`.
     """
-    known = set(timm.list_models()) | set(timm.list_models(pretrained=True))
-    if name not in known:
-        near = difflib.get_close_matches(name, sorted(known), 4, 0.5)
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), 4, 0.5)
         raise UserError(f"timm {timm.__version__} knows no model {name!r}"
-                        + (f"; the nearest names are {', '.join(near)}" if near else ""))
-    file = None if init == "random" else _weight_file(name, init)
-    options: dict[str, Any] = {} if outputs is None else {"num_classes": outputs}
-    if file is not None:
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)} if file else {}}
-    model = None
-    any_size = [{"img_size": image_size, "dynamic_img_size": True}] if local_size else []
-    for size in (*any_size, {"img_size": image_size}, {}):  # Transformers take img_size, CNNs raise on it
+                        + f"; the nearest names are {', '.join(near)}" * bool(near))
+    create = partial(_create, name, image_size, seed, dynamic)
+    if init == "random":
+        return create(outputs)
+    if init == "imagenet":
+        return _with_weights(create, outputs, None, f"timm's ImageNet weights of {name}")
+    if not Path(init).is_dir():
+        raise UserError(f"--init {init} is no folder; the other starts are imagenet and random")
+    for stem in (name, name.split(".")[0]):
+        for ending in (".safetensors", ".pt", ".pth", ".bin"):
+            if (file := Path(init, stem + ending)).is_file():
+                return _with_weights(create, outputs, read_weights(file), file)
+    raise UserError(f"--init {init} holds no weights for {name}: put {name}.safetensors there")
+
+
+def load_network(file: Path, image_size: int, outputs: int | None = None,
+                 seed: int = 0) -> nn.Module:
+    """The network in `file`, for images of `image_size`; with `outputs`, under a new random head
+    of that many classes. Every other weight must be there and fit. Raises `UserError`."""
+    saved = read_network(file)
+    create = partial(_create, saved["arch"], image_size, seed, False)
+    return _with_weights(create, outputs, saved["state_dict"], file)
+
+
+def _create(name: str, image_size: int, seed: int, dynamic: bool, outputs: int | None,
+            **options: Any) -> nn.Module:
+    """`timm.create_model` for images of one size, seeded. Raises `UserError` for a wrong size."""
+    if outputs is not None:
+        options["num_classes"] = outputs
+    sizes = {"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}
+    for size in sizes if dynamic else sizes[1:]:  # CNNs raise on them
         torch.manual_seed(seed)  # the same start weights, whichever attempt builds them
         try:
             model = timm.create_model(name, **size, **options)
@@ -165,304 +211,291 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-        except (RuntimeError, AssertionError, ValueError, OSError, KeyError) as error:
-            where = f" from {file or 'the model hub'}" if file is not None else ""
-            raise UserError(f"{name} can't be built{where} for {image_size} pixels: "
-                            f"{' '.join(str(error).split())[:300]}") from None
+        except AssertionError as error:
+            raise UserError(f"{name} can't be built for {image_size} pixels: {error}") from None
     model.image_size, model.fixed_size = image_size, bool(size)
-    _check_size(model, name, image_size, "--image-size")
-    if local_size:
-        _check_size(model, name, local_size, "--local-size")
+    model.origin = f"{name} starts from random weights"
+    check_size(model, name, image_size)
     return model
 
 
-def _check_size(model: nn.Module, name: str, image_size: int, option: str) -> None:
+def check_size(model: nn.Module, name: str, image_size: int) -> None:
     """Refuse a size the model can't take: some timm models silently drop what no patch covers."""
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     patch = conv.stride[0] if conv is not None and conv.stride == conv.kernel_size else 1
     if image_size % patch:
-        fits = max(1, image_size // patch) * patch
-        raise UserError(f"{option} {image_size} is no multiple of {name}'s patch of {patch} "
-                        f"pixels; {fits} is")
+        raise UserError(f"--image-size {image_size} is no multiple of {name}'s patch of {patch} "
+                        f"pixels; {max(1, image_size // patch) * patch} is")
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()(torch.zeros(1, 3, image_size, image_size))
         model.train()
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        raise UserError(f"{name} can't take {option} {image_size}: "
+        raise UserError(f"{name} can't take --image-size {image_size}: "
                         f"{' '.join(str(error).split())[:200]}") from None
 
 
-def _weight_file(name: str, init: str) -> Path | str:
-    """The file with the start weights of `name`, or "" to let timm download them."""
-    starts = "--init random, or --init FOLDER with weight files carried to this machine"
-    if init != "imagenet":
-        folder = Path(init)
-        if not folder.is_dir():
-            raise UserError(f"--init {init} is no folder; the other starts are imagenet and random")
-        stems = dict.fromkeys((name, name.split(".")[0]))
-        files = [f"{stem}{ending}" for stem in stems
-                 for ending in (".safetensors", ".pt", ".pth", ".bin", "/model.safetensors")]
-        for file in files:
-            if (folder / file).is_file():
-                return folder / file
-        raise UserError(f"--init {init} holds no weights for {name}: put {files[0]} there")
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None or not cfg.has_weights:
-        raise UserError(f"timm has no ImageNet weights for {name}; the other starts are {starts}")
-    if not cfg.hf_hub_id:
-        return ""
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache  # comes with timm
-    file = cfg.hf_hub_filename or "model.safetensors"
-    cached = try_to_load_from_cache(cfg.hf_hub_id, file)
-    if isinstance(cached, str):
-        return Path(cached)
-    try:  # ask once, briefly: timm would retry for a minute
-        request = urllib.request.Request(hf_hub_url(cfg.hf_hub_id, file), method="HEAD")
-        urllib.request.urlopen(request, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # the hub answers; what it refuses, timm will report
+def _with_weights(create: Callable[..., nn.Module], outputs: int | None,
+                  weights: dict[str, Tensor] | None, origin: Any) -> nn.Module:
+    """A model with all `weights` (None: timm's own), under a new classifier if `outputs` asks for
+    another number of classes than they have. Raises `UserError` if a tensor is missing."""
+    model = create(outputs)
+    heads = model.pretrained_cfg.get("classifier") or ()  # two in distilled models
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    classes, overlay = None, None
+    if weights is None:
+        reach_hub()
+    else:
+        weights = without_prefix(weights, next(iter(model.state_dict())))
+        classes = next((len(x) for key, x in weights.items() if key.startswith(heads)), 0)
+        overlay = {"state_dict": weights, "num_classes": classes, "label_offset": 0}
+    try:  # with as many classes as the weights have, timm insists on every tensor
+        source = create(classes, pretrained=True, pretrained_cfg_overlay=overlay)
     except OSError:
-        raise UserError(f"the ImageNet weights of {name} are not on this machine and the model hub "
-                        f"can't be reached; the other starts are {starts}") from None
-    return ""
+        raise UserError(f"{origin} are not on this machine and the model hub can't be reached; "
+                        "take --init random, or carry files here for --init FOLDER") from None
+    except (RuntimeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{origin} can't be loaded as this network: "
+                        f"{' '.join(str(error).split())[:200]}") from None
+    found, own = source.state_dict(), {}
+    if outputs in (None, source.num_classes):
+        model = source
+    else:
+        own = {key: x for key, x in model.state_dict().items() if key.startswith(heads)}
+        found = {key: x for key, x in found.items() if not key.startswith(heads)}
+        model.load_state_dict(found | own)
+    model.origin = f"{len(found)} of {len(found | own)} tensors from {origin}"
+    model.origin += "; the classifier is new" * bool(own)
+    return model
+
+
+def reach_hub() -> None:
+    """Ask the model hub once, briefly, where timm would retry for a minute; if it is silent, timm
+    looks only at what was downloaded before."""
+    from huggingface_hub import constants  # comes with timm
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # it answers; what it refuses, timm will report
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors in a file of weights, out of their usual wrappers. Runs no code in it."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file  # comes with timm
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is something else
+        raise UserError(f"{file} can't be read as weights ({type(error).__name__}): it is damaged, "
+                        "a Git LFS pointer, or holds code; save a state_dict() there") from None
+    for wrapper in ("state_dict", "model", "teacher", "student"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not any(isinstance(x, Tensor) for x in state.values()):
+        raise UserError(f"{file} holds no tensors; save the network's state_dict() there")
+    return {str(key): x for key, x in state.items() if isinstance(x, Tensor)}
+
+
+def without_prefix(weights: dict[str, Tensor], first: str) -> dict[str, Tensor]:
+    """The weights without what stands before `first`, such as `module.` or `encoder.`, and only
+    those that begin so."""
+    named = [key for key in weights if f".{key}".endswith(f".{first}")]
+    prefix = min(named, key=len, default=first).removesuffix(first)
+    return {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
 
 
 def read_network(file: Path) -> dict:
-    """What `Run.save_network` wrote: "arch", "num_classes", "image_size", "state_dict", and so on."""
+    """What `Run.save_network` wrote: "arch", "num_classes", "state_dict" and so on."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        assert {"arch", "num_classes", "image_size", "fixed_size", "classes", "state_dict"} <= set(saved)
-    except FileNotFoundError:
-        raise UserError(f"{file} is not there; --weights names a run folder or a file of weights") from None
+        assert {"arch", "num_classes", "image_size", "fixed_size", "classes"} <= set(saved)
+        return {"window": None} | saved
     except Exception:  # torch raises many kinds for a file that is something else
-        raise UserError(f"{file} is no network written by cass.py, dino.py or finetune.py") from None
-    return saved
+        raise UserError(f"{file} is not there, or no network written by cass.py, dino.py or "
+                        "finetune.py; --weights names a run folder or one file of it") from None
 
 
-def load_network(file: Path, image_size: int, outputs: int | None = None, seed: int = 0) -> nn.Module:
-    """The network in `file`, for images of `image_size`; with `outputs`, under a new random head of
-    that many classes. Every other weight must be there and fit. Raises `UserError`."""
-    saved = read_network(file)
-    size = saved["image_size"] if saved["fixed_size"] else image_size
-    model = build_model(saved["arch"], "random", size, seed=seed,
-                        outputs=saved["num_classes"] if outputs is None else outputs)
-    heads = model.pretrained_cfg["classifier"] or ()
-    heads = tuple(f"{h}." for h in ([heads] if isinstance(heads, str) else heads))
-    own = {} if outputs is None else {k: v for k, v in model.state_dict().items() if k.startswith(heads)}
-    body = {k: v for k, v in saved["state_dict"].items() if outputs is None or not k.startswith(heads)}
-    try:
-        model.load_state_dict(body | own)
-        if size != image_size:
-            model.set_input_size(img_size=image_size)
-            model.image_size = image_size
-            _check_size(model, saved["arch"], image_size, "--image-size")
-    except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{file} can't be loaded as {saved['arch']} for {image_size} pixels: "
-                        f"{' '.join(str(error).split())[:200]}") from None
-    return model
+def network_files(weights: Path) -> list[Path]:
+    """The files of networks in a run folder, or the one file that `weights` is."""
+    if not weights.is_dir():
+        return [weights]
+    files = [weights / f"{name}.pt" for name in ("cnn", "transformer", "backbone")]
+    others = sorted(path for path in weights.glob("*.pt") if "checkpoint" not in path.name)
+    found = [path for path in files if path.is_file()] or others
+    if not found:
+        raise UserError(f"{weights} holds no network; a finished run does")
+    return found
 
 
 # %% what a run leaves behind
 
 
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """`with aside(path) as file:` writes `file`, which takes the place of `path` once it is whole:
+    a kill or a full disk leaves the old one or the new one, and no part of either."""
+    file = path.with_name(path.name + ".tmp")
+    try:
+        yield file
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(file, path)
+    except RuntimeError as error:  # of torch's zip writer, in place of the system's
+        raise OSError(f"{path} can't be written; is the disk full? ({error})") from None
+    finally:
+        file.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a small file aside and rename it, so that a kill leaves the old one or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def save_tensors(value: dict, path: Path) -> None:
-    """`torch.save` aside, flushed to disk and renamed. Tensors and plain values only."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    """Write a small text file, whole or not at all."""
+    with aside(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 class Run:
-    """The folder of one run: `config.json`, `log.jsonl`, `checkpoint.pt` and the one before it, and
-    the networks. Raises `UserError` if the folder holds another run or can't be written.
+    """The folder of one run: `config.json`, `log.jsonl`, checkpoints and networks.
 
-    `options` are compared on `--resume`: all but those in `FREE` must be as they were. `show` is
-    called with each row of the log, on resuming with the old ones too.
+    `options` must be the same on `--resume`, but for those in `FREE` and for more `--epochs`, by
+    which a finished run trains on. `columns` of the log's rows are shown on screen, "arm_gauge"
+    with the arm above the gauge. Raises `UserError` if the folder holds another run.
     """
 
-    FREE = {"data", "out", "resume", "overwrite", "workers", "device", "cache"}
+    FREE = ("data", "out", "resume", "workers", "device", "cache")
+    WIDTHS = {"seed": 5, "epoch": 6, "loss": 10, "seconds": 9}  # of columns; others have 12
 
-    def __init__(self, folder: Path, options: dict, show: Callable[[dict], None] = lambda row: None) -> None:
-        self.folder, self.show, self.save_cost, self.saved_at = folder, show, 0.0, time.perf_counter()
-        self.rows = 0  # of the log; a checkpoint remembers them, as later ones will be made again
-        self.checkpoints = folder / "checkpoint.pt", folder / "checkpoint-prev.pt"
-        plain = json.loads(json.dumps(options, default=str))
-        self.config = {"options": plain, "command": command_line(), "finished": False, "versions": {
-            "python": sys.version.split()[0], "torch": str(torch.__version__), "timm": timm.__version__,
-            "torchvision": str(torchvision.__version__), "numpy": np.__version__}}
-        old, begun = {}, any(path.exists() for path in self.checkpoints)
-        if (folder / "config.json").is_file() and not options["overwrite"]:
+    def __init__(self, folder: Path, options: dict, columns: tuple[str, ...] = ()) -> None:
+        self.folder, self.columns, self.rows = folder, (*columns, "seconds"), []
+        self.cost, self.saved_at = 0.0, time.perf_counter()  # of the last checkpoint
+        options = json.loads(json.dumps(options, default=str))
+        versions = {m.__name__: str(m.__version__) for m in (torch, torchvision, timm, np)}
+        self.config = {"options": options, "command": command_line(), "finished": False,
+                       "versions": {"python": sys.version.split()[0], **versions}}
+        old, made = {}, {}
+        if (folder / "config.json").is_file():
             old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.finished = bool(old.get("finished"))
+            made = old["options"]
+        begun = any(folder.glob("checkpoint*.pt"))
+        grows = (folder / "checkpoint.pt").is_file() and options["epochs"] > made.get("epochs", 0)
         self.resuming = bool(options["resume"] and old and begun)
-        if not options["resume"] and (self.finished or old and begun):
-            raise UserError(f"{folder} holds {'a finished' if self.finished else 'an unfinished'} run; "
-                            + ("" if self.finished else "--resume it, ") + "choose another --out, or "
-                            "--overwrite it")
-        for name, value in plain.items() if self.resuming or self.finished else ():
-            if name not in self.FREE and value != old["options"].get(name, value):
-                raise UserError(f"{folder} was made with --{name.replace('_', '-')} {old['options'][name]}, "
+        self.finished = bool(old.get("finished")) and not (self.resuming and grows)
+        if (self.finished or old and begun) and not options["resume"]:
+            kind = "a finished run" if self.finished else "an unfinished run: --resume it"
+            raise UserError(f"{folder} holds {kind}; choose another --out, or remove that folder")
+        for name, value in options.items() if self.resuming or self.finished else ():
+            free = name in self.FREE or name == "epochs" and grows
+            if value != made.get(name, value) and not free:
+                raise UserError(f"{folder} was made with --{name.replace('_', '-')} {made[name]}, "
                                 f"not {value}; resume with the options it had")
         if options["resume"] and not (begun or self.finished):
             print(f"{folder} holds no checkpoint: starting at the beginning")
 
-    def begin(self, **facts: Any) -> dict | None:
-        """Make the folder and write `config.json`, `facts` included; return the checkpoint to go on
-        from, or None. Before this call nothing is written."""
-        state = self._load() if self.resuming else None
+    def begin(self, **facts: Any) -> None:
+        """Make the folder and `config.json`, with `facts`. Before this, nothing is written."""
         self.config |= facts
-        log, had_run = self.folder / "log.jsonl", (self.folder / "config.json").is_file()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
-            if state is None:
-                for old in ("*.pt", "log.jsonl", "split.csv", "predictions.csv", "result.json"):
-                    for path in self.folder.glob(old) if had_run else ():  # else these are no run's files
-                        path.unlink()
         except OSError as error:
             raise UserError(f"--out {self.folder} can't be written: {error.strerror}") from None
-        if state is not None:  # rows after the checkpoint will be made again, a last half line too
-            lines = log.read_text(encoding="utf-8").split("\n")[:state["rows"]] if state["rows"] else []
-            write_text(log, "".join(line + "\n" for line in lines))
-            for line in lines:
-                self.show(json.loads(line))
-            self.rows = len(lines)
-        self.saved_at = time.perf_counter()
-        return state
+        self.saved_at = self.logged_at = time.perf_counter()
 
-    def _load(self) -> dict:
-        for path in self.checkpoints:
+    def restore(self, parts: list, name: str = "checkpoint") -> list[float]:
+        """Bring all `parts` and the random streams back to where the last checkpoint left them;
+        returns its history, one loss for each epoch done, or [] without a checkpoint."""
+        files = [self.folder / f"{name}{which}.pt" for which in ("", "-prev")]
+        files = [file for file in files if self.resuming and file.is_file()]
+        for file in files:
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception:  # torch raises many kinds for a missing or damaged file
-                print(f"{path} can't be read; looking for the one before it", file=sys.stderr)
-        raise UserError(f"no checkpoint in {self.folder} can be read; start anew with --overwrite")
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception:  # torch raises many kinds for a damaged file
+                print(f"{file} can't be read; looking for the one before it", file=sys.stderr)
+                continue
+            if "history" not in state:
+                raise UserError(f"{file} is of an older version and can't be gone on with; choose "
+                                "another --out, or remove that folder")
+            for part, value in zip(parts, state["parts"], strict=True):
+                part.load_state_dict(value)
+            torch.set_rng_state(state["random"][0])
+            for number, value in enumerate(state["random"][1:]):
+                torch.cuda.set_rng_state(value, number)
+            for row in state["rows"][len(self.rows):]:
+                self._show(row)
+            return state["history"]
+        if files:
+            raise UserError(f"no checkpoint in {self.folder} can be read; remove that folder")
+        return []
+
+    def save(self, parts: list, history: list[float], name: str = "checkpoint") -> None:
+        """Keep all that `restore` needs, unless the last save cost over 5 % of the time since: a
+        paper-size checkpoint is 1.8 GB, an epoch of a small set may take a second."""
+        begun, last = time.perf_counter(), len(history) == self.config["options"]["epochs"]
+        if self.cost > 0.05 * (begun - self.saved_at) and not last:
+            return
+        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        newest, state = self.folder / f"{name}.pt", [part.state_dict() for part in parts]
+        with aside(self.folder / f"{name}-next.pt") as file:
+            torch.save({"history": history, "rows": self.rows, "parts": state,
+                        "random": random}, file)
+        if newest.exists():
+            os.replace(newest, self.folder / f"{name}-prev.pt")
+        os.replace(self.folder / f"{name}-next.pt", newest)
+        self.saved_at = time.perf_counter()
+        self.cost = self.saved_at - begun
 
     def log(self, row: dict) -> None:
-        """Append one epoch's row to `log.jsonl`, and show it."""
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.rows += 1
-        self.show(row)
+        """Add one epoch's row to `log.jsonl`, with the seconds since the last, and show it."""
+        now = time.perf_counter()
+        self._show(row | {"seconds": round(now - self.logged_at, 2)})
+        self.logged_at = now
+        write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def save(self, state: dict, force: bool = False) -> None:
-        """Keep what resuming needs, unless the last save cost over 5 % of the time since then: a
-        paper-size checkpoint is 1.8 GB, an epoch of a small set may take a second."""
-        begun = time.perf_counter()
-        if not force and self.save_cost > 0.05 * (begun - self.saved_at):
-            return
-        newest, before = self.checkpoints
-        save_tensors(state | {"rows": self.rows}, self.folder / "checkpoint-next.pt")
-        if newest.exists():
-            os.replace(newest, before)
-        os.replace(self.folder / "checkpoint-next.pt", newest)
-        self.saved_at = time.perf_counter()
-        self.save_cost = self.saved_at - begun
+    def _show(self, row: dict) -> None:
+        widths = [self.WIDTHS.get(column, 12) for column in self.columns]
+        lines = [[_cell(row.get(column)) for column in self.columns]]
+        if not self.rows:
+            names = [column.rpartition("_") for column in self.columns]
+            lines = [[arm for arm, _, _ in names], [gauge for _, _, gauge in names], *lines]
+        for cells in lines:
+            tqdm.write("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+        self.rows.append(row)
 
     def save_network(self, file: str, network: nn.Module, arch: str) -> str:
         """Write a network to `file`; returns the Python that loads it with timm."""
         path, outputs, size = self.folder / file, network.num_classes, network.image_size
-        save_tensors({"arch": arch, "num_classes": outputs, "image_size": size, "fixed_size": network.fixed_size,
-                      "classes": self.config["classes"], "multi_label": self.config["multi_label"],
-                      "state_dict": network.state_dict()}, path)
+        saved = {"arch": arch, "num_classes": outputs, "image_size": size,
+                 "fixed_size": network.fixed_size, "state_dict": network.state_dict()}
+        for fact in ("classes", "multi_label", "window"):
+            saved[fact] = self.config.get(fact)
+        with aside(path) as temporary:
+            torch.save(saved, temporary)
         fixed = f", img_size={size}" if network.fixed_size else ""
-        return f'timm.create_model("{arch}", num_classes={outputs}{fixed}, checkpoint_path="{path}")'
+        return (f'timm.create_model("{arch}", num_classes={outputs}{fixed}, '
+                f'checkpoint_path="{path}")')
 
     def finish(self, **facts: Any) -> None:
-        """Mark the run as finished."""
-        self.config |= {"finished": True, **facts}
-        write_text(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
+        """Mark the run as finished; of its checkpoints the last one stays."""
+        self.begin(finished=True, **facts)
+        for path in self.folder.glob("checkpoint*-prev.pt"):
+            path.unlink()
 
 
-def command_line() -> str:
-    """The command that is running, as it can be typed again."""
-    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str) -> Callable:
+    """A `log` for pretraining: it adds what `look` sees to a row, keeps and shows it, and says what
+    its numbers alone do not. `gauges` is a `metrics.Gauges`; `hint` ends its warnings."""
+    def log(row: dict) -> None:
+        run.log(row | look(row["epoch"], gauges.networks))
+        for sentence in gauges.warnings(row, run.rows[0]) if row["epoch"] else ():
+            tqdm.write(f"warning: {sentence}; {hint}")
+        for name in gauges.networks if row["epoch"] else ():
+            if row[f"{name}_moved"] == 0:
+                raise UserError(f"the weights of {name} have not moved in epoch {row['epoch']}: "
+                                "nothing is being trained; look at --lr")
+    return log
 
 
-class Screen:
-    """Shows the rows of a log as a table, and says once what their numbers alone do not.
-
-    `warn(gauges, gauges of the untrained start)` returns a sentence about one arm, or None. Raises
-    `UserError` if the weights of an arm have not moved since the start. `extra` are more columns, of
-    no one arm.
-    """
-
-    COLUMNS = (("cosine", 7, ".3f"), ("spread", 7, ".3f"), ("rank", 6, ".1f"), ("gradient", 9, ".1e"),
-               ("moved", 7, ".1e"))
-
-    def __init__(self, arms: tuple[str, ...], warn: Callable[[dict, dict | None], str | None],
-                 extra: tuple[str, ...] = ()) -> None:
-        self.arms, self.warn, self.extra, self.start, self.said = arms, warn, extra, {}, set()
-
-    def _widths(self) -> list[int]:
-        return [max(9, len(name) + 2) for name in self.extra]
-
-    def __call__(self, row: dict) -> None:
-        gauges = {arm: {key: row.get(f"{arm}_{key}") for key, _, _ in self.COLUMNS} for arm in self.arms}
-        if not self.start:
-            names = "".join(f"{name:>{width + 1}}" for name, width, _ in self.COLUMNS)
-            tqdm.write(" " * (21 + sum(self._widths())) + "".join(f" | {arm:{len(names) - 1}}" for arm in self.arms))
-            tqdm.write("epoch     loss  img/s" + "".join(f"{name:>{width}}" for name, width in zip(self.extra, self._widths()))
-                       + "".join(" |" + names[1:] for _ in self.arms))
-            self.start = gauges
-        cells = [f"{row['epoch']:5d}", _cell(row.get("loss"), 9, ".5f"),
-                 _cell(row.get("images_per_second"), 7, ".1f"),
-                 *(_cell(row.get(name), width, ".3g") for name, width in zip(self.extra, self._widths()))]
-        for arm in self.arms:
-            cells.append(" |" + "".join(_cell(gauges[arm][key], width + (key != "cosine"), form)
-                                        for key, width, form in self.COLUMNS))
-        tqdm.write("".join(cells))
-        for arm in self.arms if row["epoch"] else ():
-            if gauges[arm]["moved"] == 0:
-                raise UserError(f"the weights of {arm} have not moved in epoch {row['epoch']}: nothing "
-                                "is being trained; look at --lr")
-            known = arm not in self.said and gauges[arm]["spread"] is not None
-            sentence = self.warn(gauges[arm], self.start.get(arm)) if known else None
-            if sentence:
-                self.said.add(arm)
-                tqdm.write(f"warning, {arm}: {sentence}")
-
-
-def _cell(value: float | None, width: int, form: str) -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:{width}{form}}"
-
-
-class StopSignal:
-    """`with StopSignal(run) as stop:` makes Ctrl-C and SIGTERM set a flag that `stop()` returns, so
-    that a loop can save and end between two steps; a second Ctrl-C ends it at once."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.caught, self.handlers = run, False, {}
-
-    def __call__(self) -> bool:
-        return self.caught
-
-    def _catch(self, number: int, frame: Any) -> None:
-        if self.caught:
-            raise KeyboardInterrupt
-        self.caught = True
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():  # Python allows it only there
-            self.handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, kind: type | None, *rest: Any) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if kind is KeyboardInterrupt:
-            command = self.run.config["command"].replace(" --overwrite", "").replace(" --resume", "")
-            print(f"\nstopped; the checkpoint in {self.run.folder} is safe. Go on with\n  {command} --resume",
-                  file=sys.stderr)
-            raise SystemExit(130)
+def _cell(value: Any) -> str:
+    return f"{value:#.4g}" if isinstance(value, float) else "-" if value is None else str(value)
