@@ -1,7 +1,6 @@
 """What a step costs: each training loop beside its own plain loop, and CASS beside DINO (Table 1).
 
-    python -m extras.speed --data ./autoimmune --image-size 96 --cnn resnet18 \\
-        --transformer vit_tiny_patch16_224
+    python -m extras.speed --data ./autoimmune --image-size 96 --cnn resnet18
 
 Our loops train on real files through the cache; plain loops, written out below, train the same
 networks on batches in memory. All take turns in one process: what slows one down slows all.
@@ -9,8 +8,9 @@ networks on batches in memory. All take turns in one process: what slows one dow
 
 import argparse
 import copy
+import ctypes
+import gc
 import os
-import platform
 import re
 import tempfile
 import time
@@ -30,8 +30,8 @@ from data import (DataError, ImageCache, ImageRows, ImageSet, add_data_options, 
 from dino import DinoNetwork, DinoViews, pretrain_dino
 from extras.paper import ARMS
 from finetune import finetune_network
-from runtime import (UserError, add_run_options, build_model, clear_exit, command_parser,
-                     pick_device, pick_precision, pick_workers, positive)
+from runtime import (add_run_options, build_model, clear_exit, command_parser, pick_device,
+                     pick_precision, pick_workers, positive)
 
 # %% the plain loops
 
@@ -87,7 +87,7 @@ def plain_tuning(network: nn.Module, batches: Iterable, precision: torch.dtype) 
         optimizer.step()
 
 
-# %% what is measured
+# %% the measurement and its table
 
 
 class TimedLoader:
@@ -125,7 +125,9 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
-        if reset:
+        if reset:  # what Python has freed goes back first, as far as the C library can
+            gc.collect()
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)
             Path("/proc/self/clear_refs").write_text("5")
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
     except OSError:
@@ -153,13 +155,13 @@ def contestants(args: argparse.Namespace, device: torch.device, images: ImageSet
     methods = {"CASS": (load(augment), partial(networks, *archs),
                         partial(pretrain_cass, epochs=1, swa_start=1), plain_cass)}
     views, labelled = load(DinoViews(args.image_size)), load(augment, labelled=classes > 0)
+    dino = partial(pretrain_dino, epochs=1)
+    tuning = partial(finetune_network, validation=[next(iter(labelled))], epochs=1)
     for arch in archs:
-        methods[f"DINO, {arch}"] = (views, partial(student, arch),
-                                    partial(pretrain_dino, epochs=1), plain_dino)
-    for arch in archs if classes else ():
-        tuning = partial(finetune_network, validation=[next(iter(labelled))], epochs=1)
-        methods[f"fine-tuning, {arch}"] = (labelled, partial(networks, arch, outputs=classes),
-                                           tuning, plain_tuning)
+        methods[f"DINO, {arch}"] = views, partial(student, arch), dino, plain_dino
+        if classes:
+            build = partial(networks, arch, outputs=classes)
+            methods[f"fine-tuning, {arch}"] = labelled, build, tuning, plain_tuning
     layout = {"layout": torch.channels_last} if device.type == "cuda" else {}
     found, on = {}, {"fused": True} | layout
     for method, (batches, build, ours, plain) in methods.items():
@@ -178,8 +180,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[tuple, list[
     """{(method, name, precision): for each round (seconds a step, of them waiting, GB)}."""
     images, found = open_images(args), {}
     rows = images.part("train")[:(args.warm_up + args.steps) * args.batch_size]
-    if len(rows) < args.batch_size:
-        raise UserError(f"{args.data} has {len(rows)} training images, fewer than a batch")
     images = replace(images, rows=rows)
     with tempfile.TemporaryDirectory() as folder:
         cache = ImageCache(images, args.image_size, Path(folder))
@@ -195,24 +195,21 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[tuple, list[
     return found
 
 
-# %% the table
-
-
 def time_lines(args: argparse.Namespace) -> list[str]:
     """The tables as Markdown lines, and Table 1's ratio."""
     device, load = pick_device(args.device), os.getloadavg()[0]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
     lines = [f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch "
              f"{args.batch_size}, {args.image_size} pixels, {args.rounds} rounds"]
     if load > 0.5:
         lines.append(f"The load was {load:.1f} before: are other processes using the cores?")
     found = measure(args, device)
     seconds = {key: median(one[0] for one in rounds) for key, rounds in found.items()}
-    columns = "precision | ms a step | low | high | waiting | of plain | of plain fp32 | GB |"
     for key, rounds in found.items():
         method, name, precision = key
         if (name, precision) == ("plain loop", torch.float32):
-            lines += ["", f"| {method} | {columns}", "|---|---|" + "---:|" * 7]
+            lines += ["", f"| {method} | precision | ms a step | low | high | waiting | of plain | "
+                      "of plain fp32 | GB |", "|---|---|" + "---:|" * 7]
         each, waited, memory = zip(*rounds)
         cells = [f"{1e3 * x:.1f}" for x in (seconds[key], min(each), max(each), median(waited))]
         for base in (precision, torch.float32):
@@ -224,9 +221,6 @@ def time_lines(args: argparse.Namespace) -> list[str]:
     lines += ["", f"CASS / DINO, both arms: {ratio:.3f}; paper: 0.31; arithmetic floor: 0.375.",
               "DINO's two runs come one after the other here; sharing two cores may be quicker."]
     return lines
-
-
-# %% the command
 
 
 def speed_options() -> argparse.ArgumentParser:

@@ -50,13 +50,12 @@ def runs_of(row: dict, seed: int, args: argparse.Namespace) -> dict[Path, list[s
     runs = {}
 
     def add(script: str, name: str, options: dict, weights: Path | None = None) -> Path:
-        options = common | options
-        told = json.dumps([args.images, script, name, options], sort_keys=True)
-        digest = hashlib.sha256(told.encode()).hexdigest()[:10]
+        words = [script, *typed(common | options)]
+        digest = hashlib.sha256(" ".join([args.images, name, *words]).encode()).hexdigest()[:10]
         folder = args.folder / f"seed{seed}" / f"{name}-{digest}"
-        options |= {"weights": weights, "data": args.data, "split_file": args.split_file,
-                    "cache": args.cache, "device": args.device, "workers": args.workers}
-        runs[folder] = [script, *typed(options | {"out": folder}), "--resume"]
+        shared = {"weights": weights, "data": args.data, "split_file": args.split_file,
+                  "cache": args.cache, "device": args.device, "workers": args.workers}
+        runs[folder] = words + typed(shared | {"out": folder}) + ["--resume"]
         return folder
 
     if row["method"] == "supervised":
@@ -208,7 +207,7 @@ def make_tables(args: argparse.Namespace) -> None:
             raise UserError(f"there is no table {name}; --list names {', '.join(TABLES)}")
         tables[name] = [row for row in TABLES[name]["rows"]
                         if not args.labels or row["labels"] in args.labels]
-    rows = [row for some in tables.values() for row in some]
+    rows = sum(tables.values(), [])
     if not rows and args.labels:
         raise UserError("no row of these tables has these --labels")
     if args.data is None:
