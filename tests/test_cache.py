@@ -85,7 +85,7 @@ def test_weights_are_the_same_to_the_bit(method: str, tmp_path: Path,
     cached = [*common, "--cache", str(tmp_path / "cache")]
     module.main([*common, "--out", str(tmp_path / "plain")])
     module.main([*cached, "--out", str(tmp_path / "first")])
-    monkeypatch.setattr(data, "load_image", lambda path, *_: pytest.fail(f"{path} was decoded"))
+    monkeypatch.setattr("images.load_image", lambda path, *_: pytest.fail(f"{path} was decoded"))
     module.main([*cached, "--out", str(tmp_path / "second")])
     files = [p.name for p in (tmp_path / "plain").glob("*.pt") if "checkpoint" not in p.name]
     assert files and len(names(tmp_path / "cache")) == 1
@@ -178,7 +178,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, fast: int, seconds: float) -> None:
         left[0] -= 1
         time.sleep(seconds if left[0] < 0 else 0)
         return load(path, *window)
-    monkeypatch.setattr(data, "load_image", slow_load)
+    monkeypatch.setattr("images.load_image", slow_load)
 
 
 def test_killed_half_way_leaves_nothing_that_counts(tmp_path: Path,
@@ -231,7 +231,7 @@ def test_a_damaged_image_or_ctrl_c_leaves_nothing(tmp_path: Path,
 
     def stop(*_) -> None:
         raise KeyboardInterrupt
-    monkeypatch.setattr(data, "load_image", stop)
+    monkeypatch.setattr("images.load_image", stop)
     with pytest.raises(KeyboardInterrupt):
         ImageCache(images, 8, tmp_path / "cache")
     assert names(tmp_path / "cache") == []
