@@ -4,33 +4,37 @@
     python finetune.py --data ./autoimmune --arch resnet50           # supervised, for comparison
     python finetune.py --predict ./new-images --weights runs/finetune-cass-autoimmune-0.1
 
-Where the paper, its published notebook and this file differ (option that changes it in brackets):
-
-| question | the paper says | its notebook does | we do |
-|---|---|---|---|
-| what is trained | all weights; its first version a linear classifier | all weights | all weights [--protocol] |
-| class weights | min-max normalised class distribution | the same, from the whole set; grows with frequency | the same, from the labels the run may see [--class-weights] |
-| schedule | cosine, no length | 16 batches down, 16 up | the same [--schedule] |
-| early stopping | patience 5 on validation loss | summed validation loss over the number of training batches, and only when the training score improves | patience 5 on mean validation loss |
-| labels of the validation part | - | - | all of them, whatever --labels |
-| score | F1, no formula | pooled counts over all epochs so far, at 0.5 | pooled at 0.5 and macro at argmax, of the best epoch |
-| images without any class above 0.5 | - | counted as an extra class | missed, no extra class |
-| which arm to use | can't be told (Section 6) | - | chosen on validation; its test score beside the best arm's |
+| question         | the paper says            | its notebook does         | we do                 |
+|------------------|---------------------------|---------------------------|-----------------------|
+| what is trained  | all weights; first version| all weights               | all weights           |
+|                  | a linear classifier       |                           | [--protocol linear]   |
+| class weights    | min-max normalised class  | the same, of the whole set| the same, of the      |
+|                  | distribution              |                           | labels it may see     |
+| schedule         | cosine, no length         | 16 batches down, 16 up    | the same [--schedule] |
+| early stopping   | patience 5, validation    | of the sum over the number| of the mean           |
+|                  | loss                      | of training batches       |                       |
+| validation labels| -                         | -                         | all, always           |
+| score            | F1, no formula            | pooled counts over all    | pooled at 0.5, macro  |
+|                  |                           | epochs so far, at 0.5     | at argmax, best epoch |
+| no class over 0.5| -                         | an extra class            | missed, no extra class|
+| which arm to use | can't be told (Section 6) | -                         | chosen on validation  |
 """
 
 import argparse
+import copy
 import csv
-import itertools
 import json
 import math
 import sys
-import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 # %% the loss (paper, F.3.2)
@@ -41,11 +45,11 @@ def focal_loss(logits: Tensor, truth: Tensor, weights: Tensor | None = None, alp
     """Focal loss on sigmoid outputs, each class by itself (Lin et al. 2017): the mean of
     alpha * w_k * (1 - p_t)^gamma * -log p_t, p_t being the probability of what is true.
 
-    `logits` and multi-hot `truth` are `(N, K)`, `weights` `(K,)`; the result is a scalar. `alpha` is a
-    plain factor. Computed in float32 from log-sigmoids, so logits of +-100 are safe in fp16 too.
+    `logits` and multi-hot `truth` are `(N, K)`, `weights` `(K,)`; the result is a scalar. `alpha`
+    is a plain factor. In float32 from log-sigmoids, so logits of +-100 are safe in fp16 too.
     """
-    wrong = nn.functional.binary_cross_entropy_with_logits(logits.float(), truth.float(), reduction="none")
-    loss = alpha * (-torch.expm1(-wrong)) ** gamma * wrong  # wrong = -log p_t, so 1 - p_t = -expm1(-wrong)
+    wrong = binary_cross_entropy_with_logits(logits.float(), truth.float(), reduction="none")
+    loss = alpha * (-torch.expm1(-wrong)) ** gamma * wrong  # wrong is -log p_t
     return (loss if weights is None else loss * weights).mean()
 
 
@@ -57,8 +61,9 @@ def class_weights(truth: np.ndarray, kind: str) -> np.ndarray:
     `none`: all 1.
     """
     counts = truth.sum(0).astype(np.float64)
-    if kind == "paper" and counts.max() > counts.min():
-        return (0.2 + 0.8 * (counts - counts.min()) / (counts.max() - counts.min())).astype(np.float32)
+    lowest, highest = counts.min(), counts.max()
+    if kind == "paper" and highest > lowest:
+        return (0.2 + 0.8 * (counts - lowest) / (highest - lowest)).astype(np.float32)
     if kind == "inverse":
         return (len(truth) / (len(counts) * counts.clip(1))).astype(np.float32)
     return np.ones(len(counts), np.float32)
@@ -72,123 +77,77 @@ def tuning_rate(step: int, lr: float, t_max: int, eta_min: float = 1e-6) -> floa
 # %% training and evaluation
 
 
-class FineTuning:
-    """Everything that changes while a network is fine-tuned, and so everything a checkpoint holds."""
-
-    def __init__(self, network: nn.Module, lr: float, linear: bool, precision: torch.dtype) -> None:
-        self.network, self.device = network, next(network.parameters()).device
-        network.requires_grad_(not linear)
-        head = network.get_classifier()  # two of them in distilled models
-        nn.ModuleList(head if isinstance(head, tuple) else [head]).requires_grad_(True)
-        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self.frozen = {name: value.clone() for name, value in network.state_dict().items()
-                       if linear and name not in trained}
-        self.optimizer = torch.optim.Adam(trained.values(), lr)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.epoch, self.losses = 0, []  # epochs done; the losses of this one
-        self.best_loss, self.best_epoch, self.best = math.inf, 0, {}
-
-    def state_dict(self) -> dict:
-        """Tensors and plain values only."""
-        return {"epoch": self.epoch, "losses": [x.item() for x in self.losses],
-                "best": [self.best_loss, self.best_epoch, self.best],
-                "parts": [part.state_dict() for part in (self.network, self.optimizer, self.scaler)],
-                "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-
-    def load_state_dict(self, state: dict) -> None:
-        for part, value in zip((self.network, self.optimizer, self.scaler), state["parts"], strict=True):
-            part.load_state_dict(value)
-        self.epoch = state["epoch"]
-        self.losses = [torch.tensor(x, device=self.device) for x in state["losses"]]
-        self.best_loss, self.best_epoch, self.best = state["best"]
-        torch.set_rng_state(state["random"][0])
-        for number, value in enumerate(state["random"][1:]):
-            torch.cuda.set_rng_state(value, number)
-
-    def check_loss(self, validation_loss: float = 0.0) -> None:
-        """Raise `FloatingPointError` if a loss of this epoch is not finite."""
-        bad = [step for step, x in enumerate(torch.stack(self.losses).tolist(), 1) if not math.isfinite(x)]
-        if bad or not math.isfinite(validation_loss):
-            where = f"step {bad[0]}" if bad else "validation"
-            raise FloatingPointError(f"the loss is not finite in epoch {self.epoch + 1}, {where}; the last "
-                                     "checkpoint is intact; try a lower --lr or --precision fp32")
-
-    def end_epoch(self, validation_loss: float) -> None:
-        """Count the epoch, and keep its weights if its validation loss is the lowest so far; with a
-        linear classifier, check that nothing else has moved."""
-        now = self.network.state_dict()
-        for name, value in self.frozen.items():
-            assert torch.equal(now[name], value), f"{name} was frozen but has moved"
-        self.epoch, self.losses = self.epoch + 1, []
-        if validation_loss < self.best_loss:
-            self.best_loss, self.best_epoch = validation_loss, self.epoch
-            self.best = {name: value.clone() for name, value in now.items()}
-
-
 def finetune_network(
-    network: nn.Module, train: Iterable[tuple[Tensor, Tensor]], validation: Iterable[tuple[Tensor, Tensor]], *,
+    network: nn.Module, train: Iterable[tuple[Tensor, Tensor]],
+    validation: Iterable[tuple[Tensor, Tensor]], *,
     epochs: int = 50,  # paper, F.3.2, at most
     lr: float = 3e-4,  # paper, F.3.2
-    t_max: int = 16,  # steps from the highest rate to the lowest: the notebook's; the paper names none
+    t_max: int = 16,  # steps from the highest rate to the lowest: the notebook's
     patience: int = 5,  # paper, F.3.2: epochs without a lower validation loss
     weights: Tensor | None = None,  # class weights (K,)
     linear: bool = False,  # True: the first paper's protocol, only the classifier is trained
     precision: torch.dtype = torch.float32,
     log: Callable[[dict], Any] = lambda row: None,
-    save: Callable[..., Any] = lambda state, force=False: None,
-    stop: Callable[[], bool] = lambda: False,
-    resume: dict | None = None,
+    save: Callable[[list, list], Any] = lambda parts, history: None,
+    restore: Callable[[list], list] = lambda parts: [],
 ) -> dict:
-    """Train `network` on batches of `(N, 3, H, W)` images and multi-hot labels `(N, K)`; leave it with
-    the weights of its best epoch by validation loss, in evaluation mode.
+    """Train `network` on batches of `(N, 3, H, W)` images and multi-hot labels `(N, K)`; leave it
+    with the weights of its best epoch by validation loss, in evaluation mode.
 
-    Returns `{"epochs", "best_epoch", "rate", "validation_loss"}`, `rate` being the last step's. `log`,
-    `save`, `stop` and `resume` are as in `pretrain_cass`. Raises `FloatingPointError` if the loss is not
-    finite, `KeyboardInterrupt` if stopped.
+    Returns `{"epochs", "best_epoch", "rate", "validation_loss"}`, `rate` being the last step's.
+    `log`, `save` and `restore` are as in `pretrain_cass`. Raises `FloatingPointError` if a loss is
+    not finite.
     """
-    now = FineTuning(network, lr, linear, precision)
-    if resume:
-        now.load_state_dict(resume)
-    weights = None if weights is None else weights.to(now.device)
-    autocast = torch.autocast(now.device.type, precision, enabled=precision != torch.float32)
-    steps, adam = len(train), now.optimizer.param_groups[0]
-    while now.epoch < epochs and now.epoch - now.best_epoch < patience:
-        skip = len(now.losses)
+    device = next(network.parameters()).device
+    head = network.get_classifier()  # two of them in distilled models
+    network.requires_grad_(not linear)
+    nn.ModuleList(head if isinstance(head, tuple) else [head]).requires_grad_(True)
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr)
+    best, weights = copy.deepcopy(network), None if weights is None else weights.to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    parts = [network, best, optimizer, scaler]  # all that changes while training
+    history, steps = restore(parts), len(train)  # the validation loss of each epoch that is done
+    for epoch in range(len(history), epochs):
+        if history and epoch - 1 - history.index(min(history)) >= patience:
+            break
         if hasattr(train, "set_epoch"):
-            train.set_epoch(now.epoch, skip)
+            train.set_epoch(epoch)
         network.train(not linear)  # a frozen network keeps its batch-norm statistics
-        bar = tqdm(train, f"epoch {now.epoch + 1}", leave=False, disable=not sys.stdout.isatty())
-        for step, (images, truth) in enumerate(bar, now.epoch * steps + skip):
-            adam["lr"] = tuning_rate(step, lr, t_max)
-            now.optimizer.zero_grad()
+        losses = []
+        for step, (images, truth) in enumerate(train, epoch * steps):
+            optimizer.param_groups[0]["lr"] = tuning_rate(step, lr, t_max)
+            optimizer.zero_grad()
+            images = images.to(device, non_blocking=True)
             with autocast:
-                logits = network(images.to(now.device, non_blocking=True))  # (N, K)
-                loss = focal_loss(logits, truth.to(now.device), weights)
-            now.scaler.scale(loss).backward()
-            now.scaler.step(now.optimizer)
-            now.scaler.update()
-            now.losses.append(loss.detach())
-            stopped = stop()
-            if stopped or len(now.losses) % 50 == 0:  # not each step: it waits for the GPU
-                now.check_loss()
-            if stopped:
-                save(now.state_dict(), force=True)
-                raise KeyboardInterrupt
-        train_loss = torch.stack(now.losses).mean().item()
-        validation_loss = evaluate(network, validation, weights, precision)[0]
-        now.check_loss(validation_loss)
-        now.end_epoch(validation_loss)
-        log({"epoch": now.epoch, "loss": train_loss, "validation_loss": validation_loss, "rate": adam["lr"],
-             "best": now.best_epoch == now.epoch})
-        save(now.state_dict())
-    network.load_state_dict(now.best)
+                logits = network(images)  # (N, K)
+                value = focal_loss(logits, truth.to(device), weights)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(value.detach())
+        history.append(evaluate(network, validation, weights, precision)[0])
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss + history[-1]):
+            raise FloatingPointError(
+                f"the loss became {loss}, and {history[-1]} on validation, in epoch {epoch + 1}; "
+                "the last checkpoint is intact; try a lower --lr or --precision fp32")
+        if history.index(min(history)) == epoch:
+            best.load_state_dict(network.state_dict())
+        log({"epoch": epoch + 1, "loss": loss, "validation_loss": history[-1],
+             "rate": optimizer.param_groups[0]["lr"]})
+        save(parts, history)
+    network.load_state_dict(best.state_dict())
     network.eval()
-    return {"epochs": now.epoch, "best_epoch": now.best_epoch, "rate": adam["lr"],
-            "validation_loss": now.best_loss}
+    best_epoch = history.index(min(history))
+    return {"epochs": len(history), "best_epoch": best_epoch + 1,
+            "rate": tuning_rate(len(history) * steps - 1, lr, t_max),
+            "validation_loss": history[best_epoch]}
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], weights: Tensor | None = None,
+def evaluate(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]],
+             weights: Tensor | None = None,
              precision: torch.dtype = torch.float32) -> tuple[float, np.ndarray]:
     """Mean focal loss over the images of `loader`, and their probabilities `(N, K)` by sigmoid."""
     device, total, probabilities = next(network.parameters()).device, 0.0, []
@@ -206,33 +165,29 @@ def evaluate(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], weight
 
 
 def tune_options() -> argparse.ArgumentParser:
-    from data import AUGMENTATIONS, add_data_options
-    from runtime import Options, add_run_options, positive
+    from data import add_data_options
+    from runtime import add_run_options, command_parser, positive
 
-    parser = Options("finetune.py", "Fine-tune pretrained networks with few labels, score them, predict.")
+    parser = command_parser("finetune.py", "Fine-tune pretrained networks with few labels, score "
+                            "them, predict.")
     add = parser.add_argument
     add_data_options(parser, required=False)
     add_run_options(parser, epochs=50, batch_size=16, lr=3e-4, image_size=None)
-    add("--weights", type=Path, metavar="RUN|FILE", help="a run folder, for all its networks and its "
-        "split, or one file of weights; without it --arch is trained from --init (supervised baseline)")
-    add("--arch", action="append", help="timm name for the supervised baseline; may be given twice")
-    add("--protocol", choices=("full", "linear"), default="full",
-        help="train all weights (paper) or only a classifier on the frozen network (its first version)")
-    add("--labels", type=label_share, default=1.0, help="share of the training labels to use (paper: 0.01, "
-        "0.1, 1); smaller shares lie inside larger ones (default: %(default)s)")
-    add("--seeds", type=positive(int), default=1, help="repeat with this many seeds from --seed on, and give "
-        "mean and standard deviation (paper: 5; default: %(default)s)")
-    add("--class-weights", choices=("paper", "inverse", "none"), default="paper",
-        help="focal loss weights by class: paper grows with the class's frequency and so favours the "
-             "majority; inverse favours rare classes (default: %(default)s)")
-    add("--schedule", choices=("16", "run"), default="16", help="the rate falls within 16 steps and rises "
-        "again (the notebook), or falls once over all --epochs; with few labels 32 steps may outlast "
-        "the patience (default: %(default)s)")
-    add("--patience", type=positive(int), default=5,
-        help="epochs without a lower validation loss before it ends (paper: 5)")
-    add("--augment", choices=(*AUGMENTATIONS, "none"), default="cass", help="paper: the same as in pretraining")
-    add("--predict", type=Path, metavar="FOLDER", help="classify the images of FOLDER with fine-tuned "
-        "--weights, into predictions.csv (in --out, or here)")
+    add("--weights", type=Path, metavar="RUN|FILE", help="a run folder, for all its networks and "
+        "its split, or one file of it; without it --arch is trained from --init, supervised")
+    add("--arch", action="append", help="timm name for training from --init; may be given twice")
+    add("--protocol", choices=("full", "linear"), default="full", help="train all weights (paper) "
+        "or only a classifier on the frozen network (its first version)")
+    add("--labels", type=label_share, default=1.0, help="share of the training labels to use "
+        "(paper: 0.01, 0.1, 1); smaller shares lie inside larger ones (%(default)s)")
+    add("--seeds", type=positive(int), default=1, help="repeat with so many seeds, from --seed on, "
+        "for mean and standard deviation (paper: 5)")
+    add("--class-weights", choices=("paper", "inverse", "none"), default="paper", help="paper: "
+        "growing with the class's frequency, which favours the majority; inverse: rare classes")
+    add("--schedule", choices=("16", "run"), default="16", help="the rate falls within 16 steps "
+        "and rises again (the notebook), or falls once over all --epochs, which suits few labels")
+    add("--predict", type=Path, metavar="FOLDER", help="classify the images of FOLDER, or one "
+        "image, with fine-tuned --weights, into predictions.csv (in --out, or here)")
     return parser
 
 
@@ -243,110 +198,65 @@ def label_share(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share of the labels, which is above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text} is no share of the labels: above 0, at most 1")
     return value
 
 
 def find_networks(args: argparse.Namespace) -> dict[str, tuple[str, Path | None]]:
     """The networks to train: name -> (timm name, file of weights or None)."""
-    from runtime import UserError, read_network
+    from runtime import UserError, network_files, read_network
 
     if bool(args.weights) == bool(args.arch):
-        raise UserError("name either --weights, a run folder or a file of weights, or --arch, a timm model for "
-                        "the supervised baseline" + (", not both" if args.arch else ""))
-    if args.arch:
-        networks = {name.split(".")[0]: (name, None) for name in args.arch}
-        if len(networks) < len(args.arch):
-            raise UserError("two --arch are equal up to the dot and would share a file; run them one by one")
-        return networks
-    files = [args.weights]
-    if args.weights.is_dir():
-        files = [file for name in ("cnn", "transformer", "backbone") if (file := args.weights / f"{name}.pt").is_file()]
-        files = files or sorted(file for file in args.weights.glob("*.pt") if not file.name.startswith("checkpoint"))
-        if not files:
-            raise UserError(f"{args.weights} holds no network; a finished run of cass.py or dino.py does")
-    return {file.stem: (read_network(file)["arch"], file) for file in files}
+        raise UserError("name either --weights, a run folder or a file of it, or --arch, a timm "
+                        "model to train from --init" + ", not both" * bool(args.arch))
+    if args.weights:
+        return {file.stem: (read_network(file)["arch"], file)
+                for file in network_files(args.weights)}
+    networks = {name.split(".")[0]: (name, None) for name in args.arch}
+    if len(networks) < len(args.arch):
+        raise UserError("two --arch are equal up to the dot and would share a file; run them one "
+                        "by one")
+    return networks
 
 
-def tuned_images(args: argparse.Namespace):
-    """The data set with the split that pretraining had, and only if it can be fine-tuned on."""
-    from data import open_images, read_images, read_split
-    from runtime import UserError
+def tuned_images(args: argparse.Namespace, file: Path | None) -> Any:
+    """The data set, with the split that pretraining had, and only if it can be fine-tuned on.
+    `file` holds pretrained weights."""
+    from data import good_rows, read_images, read_split, split_images, with_window
+    from runtime import UserError, read_network
 
     if args.data is None:
-        raise UserError("--data names the folder of labelled images (or --predict FOLDER one to classify)")
-    split = args.weights and (args.weights if args.weights.is_dir() else args.weights.parent) / "split.csv"
-    if split and not split.is_file():
-        print(f"note: {split} is not there; make sure that these weights were not pretrained on what is "
-              "now the test part")
-    if split and split.is_file() and not args.split_file:
-        args.split_file = split
-    images = open_images(args)
-    if split and split.is_file() and args.split_file != split:
-        seen = {row.path for row in read_split(split, read_images(args.data)).part("train")}
-        if any(row.path in seen for row in images.part("test")):
-            raise UserError(f"{args.split_file} has test images that these weights were pretrained on")
-    if not images.classes:
-        raise UserError(f"{args.data} has no labels; fine-tuning needs class folders or a labels.csv")
+        raise UserError("--data names the folder of labelled images (--predict one to classify)")
+    images, split = read_images(args.data), file and file.parent / "split.csv"
+    if args.split_file:
+        images = read_split(args.split_file, images)
+    elif split and split.is_file():
+        images = read_split(split, images, grow=True)
+    elif split:
+        print(f"note: {split} is not there; make sure that these weights were not pretrained on "
+              "what is now the test part")
+    images = split_images(good_rows(images) if args.skip_bad else images, seed=args.split_seed,
+                          ratios=args.ratios)
+    if args.split_file and split and split.is_file():
+        seen = read_split(split, read_images(args.data), grow=True).part("train")
+        if {row.path for row in seen} & {row.path for row in images.part("test")}:
+            raise UserError(f"{args.split_file} has test images that these weights were "
+                            "pretrained on")
     if len(images.classes) < 2 and not images.multi_label:
-        raise UserError(f"{args.data} has one class only, {images.classes[0]}; there is nothing to tell apart")
+        raise UserError(f"{args.data} has {len(images.classes) or 'no'} class; fine-tuning needs "
+                        "class folders or a labels.csv, with two classes or more")
     for part in ("train", "val", "test"):
-        if not images.part(part):
-            raise UserError(f"the {part} part of {args.data} is empty; fine-tuning needs training, "
-                            "validation and test images (see --ratios)")
-    missing = [c for c, n in zip(images.classes, images.truth(images.part("train")).sum(0)) if n == 0]
-    if missing:
-        images.notes.append(f"no training image is labelled {' or '.join(missing)}, so that can't be learned")
-    return images
+        if not images.labelled(images.part(part)):
+            raise UserError(f"the {part} part of {args.data} has no labelled images; fine-tuning "
+                            "needs them in all three parts (see --ratios; images without labels "
+                            "are for --predict)")
+    saved = read_network(file)["window"] if file else None
+    return with_window(images, saved if saved and args.window == "auto" else args.window)
 
 
-def run_tuning(args: argparse.Namespace) -> None:
-    """Fine-tune every network with every seed; write weights, scores and predictions."""
-    from data import ImageCache, label_fraction, read_split, write_split
-    from runtime import Run, StopSignal, UserError, pick_device, pick_precision, pick_workers, read_network
-
-    device = pick_device(args.device)
-    precision, args.workers = pick_precision(args.precision, device), pick_workers(args.workers, device)
-    networks, images = find_networks(args), tuned_images(args)
-    files = [file.resolve() for _, file in networks.values() if file]
-    args.image_size = args.image_size or (read_network(files[0])["image_size"] if files else 384)
-    source = f"supervised-{args.data.resolve().name}"
-    if files:
-        source = files[0].parent.name + ("" if args.weights.is_dir() else f"-{files[0].stem}")
-    out = args.out or Path("runs", f"finetune-{source}-{args.labels:g}{'-linear' * (args.protocol == 'linear')}")
-    if files and out.resolve() == files[0].parent:
-        raise UserError(f"--out {out} holds the --weights, which must stay as they are; choose another --out")
-    run = Run(out, vars(args), show_tuning)
-    if run.finished:
-        return print(f"{out} is finished; there is nothing to resume")
-    if run.resuming and read_split(out / "split.csv", images).rows != images.rows:
-        raise UserError(f"the images in {args.data} or their split have changed since {out} began")
-    for arch, file in networks.values():  # refuse what can't be built before anything is written
-        new_network(args, arch, file, len(images.classes))
-    cache = args.cache and ImageCache(images, args.image_size, args.cache, args.workers)
-    state = run.begin(arms={name: arch for name, (arch, _) in networks.items()}, classes=images.classes,
-                      multi_label=images.multi_label, image_size=args.image_size)
-    write_split(out / "split.csv", images)
-    for note in images.notes:
-        print(f"note: {note}")
-    done, training = (state["done"], state["training"]) if state else ([], None)
-    with StopSignal(run) as stop:
-        for seed, name in itertools.product(range(args.seed, args.seed + args.seeds), networks):
-            if any((entry["seed"], entry["arm"]) == (seed, name) for entry in done):
-                continue
-            rows = label_fraction(images, images.part("train"), args.labels, seed)
-            network = new_network(args, *networks[name], len(images.classes), seed).to(device)
-            entry = tune_once(args, network, images, rows, cache, seed, precision, resume=training, stop=stop,
-                              log=lambda row: run.log({"seed": seed, "arm": name, **row}),
-                              save=lambda now, force=False: run.save({"done": done, "training": now}, force))
-            load = run.save_network(f"{name}-seed{seed}.pt", network, networks[name][0])
-            done, training = [*done, {"seed": seed, "arm": name, "load": load, **entry}], None
-            run.save({"done": done, "training": None}, force=True)
-    report(run, done, images)
-
-
-def new_network(args: argparse.Namespace, arch: str, file: Path | None, classes: int, seed: int = 0) -> nn.Module:
-    """A network with a new head of `classes` outputs, from weights or from --init."""
+def new_network(args: argparse.Namespace, arch: str, file: Path | None, classes: int,
+                seed: int) -> nn.Module:
+    """A network with a new head of `classes` outputs, from a file or from --init."""
     from runtime import build_model, load_network
 
     if file is None:
@@ -354,33 +264,81 @@ def new_network(args: argparse.Namespace, arch: str, file: Path | None, classes:
     return load_network(file, args.image_size, outputs=classes, seed=seed)
 
 
-def tune_once(args: argparse.Namespace, network: nn.Module, images: Any, rows: list, cache: Any, seed: int,
-              precision: torch.dtype, **hooks: Any) -> dict:
-    """Train one network on `rows` with one seed: facts on how it ended, and its probabilities for the
-    validation and the test part, which is looked at here and only here."""
-    from data import ImageRows, augmentation, make_loader
+def run_tuning(args: argparse.Namespace) -> None:
+    """Fine-tune every network with every seed; write weights, scores and predictions."""
+    from data import ImageCache, read_split, write_split
+    from runtime import Run, UserError, pick_device, pick_precision, pick_workers, read_network
 
-    def loader(rows: list, augment: str = "none", shuffle: bool = False) -> Iterable:
-        dataset = ImageRows(images.folder, rows, augmentation(args.image_size, augment), seed,
-                            images.truth(rows), cache)
-        return make_loader(dataset, args.batch_size, seed=seed, shuffle=shuffle, workers=args.workers)
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    args.workers = pick_workers(args.workers, device)
+    networks = find_networks(args)
+    file = next(iter(networks.values()))[1]
+    images = tuned_images(args, file)
+    args.image_size = args.image_size or (read_network(file)["image_size"] if file else 384)
+    source = f"supervised-{args.data.resolve().name}"
+    if file:
+        source = file.resolve().parent.name + f"-{file.stem}" * args.weights.is_file()
+    linear = "-linear" * (args.protocol == "linear")
+    out = args.out or Path("runs", f"finetune-{source}-{args.labels:g}{linear}")
+    if file and out.resolve() == file.resolve().parent:
+        raise UserError(f"--out {out} holds the --weights, which must stay; choose another --out")
+    columns = ("seed", "arm", "epoch", "loss", "validation_loss", "rate")
+    run = Run(out, vars(args), columns)
+    if run.finished:
+        return print(f"{out} is finished; there is nothing to resume")
+    if run.resuming and read_split(out / "split.csv", images).rows != images.rows:
+        raise UserError(f"the images in {args.data} or their split have changed since {out} began")
+    origins = [new_network(args, *network, len(images.classes), args.seed).origin
+               for network in networks.values()]
+    cache = args.cache and ImageCache(images, args.image_size, args.cache, args.workers)
+    run.begin(arms={name: arch for name, (arch, _) in networks.items()}, classes=images.classes,
+              multi_label=images.multi_label, window=images.window, image_size=args.image_size,
+              precision=str(precision))
+    write_split(out / "split.csv", images)
+    for note in (*images.notes, *origins):
+        print(f"note: {note}")
+    done = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        for name, (arch, weights) in networks.items():
+            network = new_network(args, arch, weights, len(images.classes), seed).to(device)
+            facts, val, test = tune_once(args, run, name, network, images, cache, seed, precision)
+            load = run.save_network(f"{name}-seed{seed}.pt", network, arch)
+            done.append({"seed": seed, "arm": name, "load": load, "facts": facts, "val": val,
+                         "test": test})
+    report(run, done, images)
 
-    train, validation = loader(rows, args.augment, shuffle=True), loader(images.part("val"))
+
+def tune_once(args: argparse.Namespace, run: Any, name: str, network: nn.Module, images: Any,
+              cache: Any, seed: int, precision: torch.dtype) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Train one network with one seed: facts on how it ended, and its probabilities `(N, K)` for
+    the validation and the test part, which is looked at here and only here."""
+    from data import ImageRows, augmentation, label_fraction, make_loader
+
+    def loader(rows: list, augment: str = "none") -> Iterable:
+        dataset = ImageRows(images, rows, augmentation(args.image_size, augment), seed,
+                            labelled=True, cache=cache)
+        return make_loader(dataset, args.batch_size, seed=seed, shuffle=augment != "none",
+                           workers=args.workers)
+
+    parts = {part: images.labelled(images.part(part)) for part in ("train", "val", "test")}
+    rows = label_fraction(images, parts["train"], args.labels, seed)
+    train, validation = loader(rows, "cass"), loader(parts["val"])
     weights = torch.from_numpy(class_weights(images.truth(rows), args.class_weights))
+    checkpoint = f"checkpoint-{name}-seed{seed}"
     torch.manual_seed(seed)
+    t_max, patience = 16, 5
+    if args.schedule == "run":  # few labels: 5 epochs may be 10 steps, too few to judge by
+        t_max, patience = args.epochs * len(train), max(5, math.ceil(100 / len(train)))
     facts = finetune_network(
-        network, train, validation, epochs=args.epochs, lr=args.lr, patience=args.patience, weights=weights,
-        t_max=16 if args.schedule == "16" else args.epochs * len(train), linear=args.protocol == "linear",
-        precision=precision, **hooks)
-    val, test = (torch.from_numpy(evaluate(network, batches, precision=precision)[1])  # (N, K)
-                 for batches in (validation, loader(images.part("test"))))
-    return {"facts": {"images": len(rows), **facts}, "val": val, "test": test}
-
-
-def show_tuning(row: dict) -> None:
-    best = "  lowest so far" if row["best"] else ""
-    tqdm.write(f"seed {row['seed']}  {row['arm']:12} epoch {row['epoch']:3d}  loss {row['loss']:.5f}  "
-               f"validation {row['validation_loss']:.5f}  rate {row['rate']:.1e}{best}")
+        network, train, validation, epochs=args.epochs, lr=args.lr, t_max=t_max,
+        patience=patience, weights=weights, linear=args.protocol == "linear", precision=precision,
+        log=lambda row: run.log({"seed": seed, "arm": name, **row}),
+        save=lambda parts, history: run.save(parts, history, checkpoint),
+        restore=lambda parts: run.restore(parts, checkpoint))
+    val = evaluate(network, validation, precision=precision)[1]
+    test = evaluate(network, loader(parts["test"]), precision=precision)[1]
+    return {"images": len(rows), **facts}, val, test
 
 
 # %% the command: scores
@@ -393,198 +351,243 @@ def with_ensemble(arms: dict[str, Any]) -> dict[str, Any]:
 
 def score_seeds(done: list[dict], images: Any) -> list[dict]:
     """Scores of each seed: every network, their ensemble (mean probability), the one chosen by its
-    validation headline, and the oracle, which no one has at inference: the best on the test part."""
+    validation headline, and the oracle, which no one has at inference: the best on the test part.
+    """
     from metrics import bootstrap_interval, score
 
-    seeds, truth = [], {part: images.truth(images.part(part)) for part in ("val", "test")}
+    truth = {part: images.truth(images.labelled(images.part(part))) for part in ("val", "test")}
+    seeds = []
     for seed in dict.fromkeys(entry["seed"] for entry in done):
         entries = {entry["arm"]: entry for entry in done if entry["seed"] == seed}
-        val, test = (with_ensemble({name: entry[part].numpy() for name, entry in entries.items()})
-                     for part in ("val", "test"))
-        arms = {name: (entries[name]["facts"] if name in entries else {}) | {
-                    "validation": score(truth["val"], val[name], images.classes, images.multi_label)["headline"],
-                    "interval": bootstrap_interval(truth["test"], test[name], images.multi_label),
-                    "test": score(truth["test"], test[name], images.classes, images.multi_label)} for name in test}
+        val = with_ensemble({name: entry["val"] for name, entry in entries.items()})
+        test = with_ensemble({name: entry["test"] for name, entry in entries.items()})
+        arms = {}
+        for name in test:
+            judged = score(truth["val"], val[name], images.classes, images.multi_label)
+            arms[name] = {
+                **(entries[name]["facts"] if name in entries else {}),
+                "validation": judged["headline"],
+                "interval": bootstrap_interval(truth["test"], test[name], images.multi_label),
+                "test": score(truth["test"], test[name], images.classes, images.multi_label)}
         chosen = max(arms, key=lambda name: arms[name]["validation"])
         oracle = max(arms, key=lambda name: arms[name]["test"]["headline"])
         seeds.append({"seed": seed, "chosen": chosen, "oracle": oracle, "arms": arms})
     return seeds
 
 
-def average_seeds(seeds: list[dict]) -> dict[str, dict[str, tuple]]:
-    """For each network, the ensemble, the chosen one and the oracle, every score over all classes as
-    (mean, standard deviation, number of seeds); one that a seed leaves undefined is left out."""
-    from metrics import mean_and_spread
+def flat_scores(test: dict) -> dict[str, float | None]:
+    """The scores over all classes out of what `metrics.score` gives."""
+    scores = {"headline": test["headline"], "auroc": test["auroc"]["macro"]}
+    for rule in ("argmax", "threshold_0.5"):
+        for key, value in test.get(rule, {}).items():
+            if key != "per_class":
+                scores[f"{rule} {key}"] = value
+    return scores
 
-    def flat(test: dict) -> dict[str, float | None]:
-        scores = {"headline": test["headline"], "auroc": test["auroc"]["macro"]}
-        for rule in ("argmax", "threshold_0.5"):
-            scores |= {f"{rule} {key}": value for key, value in test.get(rule, {}).items() if key != "per_class"}
-        return scores
+
+def average_seeds(seeds: list[dict]) -> dict[str, dict[str, tuple]]:
+    """For each network, the ensemble, the chosen one and the oracle, every score as (mean, standard
+    deviation, number of seeds); one that a seed leaves undefined is left out."""
+    from metrics import mean_and_spread
 
     means: dict[str, dict[str, tuple]] = {}
     for name in (*seeds[0]["arms"], "chosen", "oracle"):
-        runs = [flat(one["arms"][one.get(name, name)]["test"]) for one in seeds]
+        runs = [flat_scores(one["arms"][one.get(name, name)]["test"]) for one in seeds]
         means[name] = {key: mean_and_spread([scores[key] for scores in runs])
                        for key in runs[0] if all(scores[key] is not None for scores in runs)}
     return means
 
 
-def score_table(seeds: list[dict], means: dict[str, dict[str, tuple]]) -> Iterable[str]:
-    """Lines for the screen, at most 100 columns: mean +- standard deviation over seeds, and each run."""
-    def cell(value: tuple | None) -> str:
-        if value is None:
-            return f"{'-':>15}"
-        return f"{value[0]:15.3f}" if value[1] is None else f"{value[0]:7.3f} +-{value[1]:.3f}"
+COLUMNS = {"macro F1": "argmax f1_macro", "F1 pooled": "threshold_0.5 f1_pooled",
+           "accuracy": "argmax accuracy", "AUROC": "auroc"}
+COLUMNS_MULTI = {"pooled F1": "threshold_0.5 f1_pooled", "macro F1": "threshold_0.5 f1_macro",
+                 "all labels": "threshold_0.5 subset_accuracy", "AUROC": "auroc"}
 
-    names, test = list(seeds[0]["arms"]), next(iter(seeds[0]["arms"].values()))["test"]
-    columns = {"headline": "headline", "F1 pooled 0.5": "threshold_0.5 f1_pooled", "recall": "argmax recall_macro",
-               "accuracy": "argmax accuracy", "AUROC": "auroc"}
-    if test["multi_label"]:
-        columns = {"headline": "headline", "macro F1": "threshold_0.5 f1_macro", "AUROC": "auroc",
-                   "recall": "threshold_0.5 recall_macro", "all labels": "threshold_0.5 subset_accuracy"}
-    yield (f"test scores on {test['n']} images, {len(seeds)} seed{'s' * (len(seeds) > 1)}; headline: "
-           f"{test['headline_name']}")
-    yield f"{'':25}" + "".join(f"{title:>15}" for title in columns)
-    for name in means if len(names) > 1 else names:
-        yield f"{name[:24]:25}" + "".join(cell(means[name].get(key)) for key in columns.values())
-    if len(names) > 1:
-        yield "(chosen: the best on the validation part; oracle: the best on the test part, in hindsight)"
-    yield f"\n{'each run':25}{'seed':>6}{'headline':>10}{'95 % interval':>17}{'epochs':>8}{'best':>6}{'last rate':>11}"
-    for one in seeds:
-        for name, arm in one["arms"].items():
-            title = f"{name[:15]}{' (chosen)' if name == one['chosen'] and len(names) > 1 else ''}"
-            ended = f"{arm['epochs']:8d}{arm['best_epoch']:6d}{arm['rate']:11.1e}" if "epochs" in arm else ""
-            yield (f"{title:25}{one['seed']:6d}{arm['test']['headline']:10.3f}"
-                   f"{arm['interval'][0]:9.3f} - {arm['interval'][1]:.3f}{ended}")
+
+def score_table(means: dict[str, dict[str, tuple]], multi_label: bool) -> Iterable[str]:
+    """Lines for the screen: mean +- standard deviation over seeds of each row of `means`."""
+    columns = COLUMNS_MULTI if multi_label else COLUMNS
+    yield f"{'':27}" + "".join(f"{title:>16}" for title in columns)
+    for name, scores in means.items():
+        cells = []
+        for key in columns.values():
+            mean, spread, _ = scores.get(key, (None, None, 0))
+            cell = "-" if mean is None else f"{mean:.3f}"
+            cells.append(cell + ("" if spread is None else f" +-{spread:.3f}"))
+        yield f"{name[:26]:27}" + "".join(f"{cell:>16}" for cell in cells)
 
 
 def report(run: Any, done: list[dict], images: Any) -> None:
     """Write result.json and predictions.csv, keep the weights of the seed that validation likes
     best, and show the table."""
+    from metrics import score
     from runtime import write_text
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        seeds = score_seeds(done, images)
-    if caught:  # one sentence, not one for each network, part and seed
-        print(f"note: at least once, {caught[0].message}")
-    means, best = average_seeds(seeds), max(seeds, key=lambda s: s["arms"][s["chosen"]]["validation"])
+    seeds = score_seeds(done, images)
+    tested = images.labelled(images.part("test"))
+    share = images.truth(images.labelled(images.part("train"))).mean(0)
+    guess = score(images.truth(tested), np.tile(share, (len(tested), 1)), images.classes,
+                  images.multi_label)  # what the same answer for every image would reach
+    means, best = average_seeds(seeds), max(
+        seeds, key=lambda one: one["arms"][one["chosen"]]["validation"])
     write_text(run.folder / "result.json", json.dumps({
-        "headline": best["arms"][best["chosen"]]["test"]["headline_name"], "kept_seed": best["seed"],
-        "chosen": best["chosen"], "mean_sd_n": means, "seeds": seeds,
-        "run": {key: value for key, value in run.config.items() if key != "finished"}}, indent=1) + "\n")
-    write_lines(run.folder / "predictions.csv", tested_lines(done, seeds, images))
-    for file in run.folder.glob("*-seed*.pt"):
-        name, seed = file.stem.rsplit("-seed", 1)
-        file.replace(run.folder / f"{name}.pt") if int(seed) == best["seed"] else file.unlink()
-    print("", *score_table(seeds, means), "", sep="\n")
+        "headline": guess["headline_name"], "kept_seed": best["seed"], "chosen": best["chosen"],
+        "mean_sd_n": means, "guess": guess, "seeds": seeds,
+        "run": {key: run.config[key] for key in run.config if key != "finished"}}, indent=1) + "\n")
+    lines = []
+    for one in seeds:
+        entries = {entry["arm"]: entry["test"] for entry in done if entry["seed"] == one["seed"]}
+        for i, row in enumerate(tested):
+            each = {name: probabilities[i] for name, probabilities in entries.items()}
+            lines.append({"seed": one["seed"], "image": row.path, "truth": "|".join(row.labels),
+                          **prediction_line(each, one["chosen"], images.classes,
+                                            images.multi_label)})
+    write_lines(run.folder / "predictions.csv", lines)
+    for name in {entry["arm"] for entry in done}:
+        (run.folder / f"{name}-seed{best['seed']}.pt").replace(run.folder / f"{name}.pt")
     run.finish(chosen=best["chosen"])
-    print(f"result.json, predictions.csv and the weights (of seed {best['seed']}) are in {run.folder}; "
-          "timm loads the weights with")
+    for file in run.folder.glob("*-seed*.pt"):  # the other seeds', and the checkpoints
+        file.unlink()
+    if len(best["arms"]) == 1:
+        means = {name: means[name] for name in best["arms"]}
+    constant = {key: (value, None, 1) for key, value in flat_scores(guess).items()}
+    print(f"\ntest scores on {len(tested)} images, {len(seeds)} seed(s), mean and standard "
+          "deviation; an arm is chosen\non validation images; the oracle is chosen in hindsight")
+    print(*score_table(means | {"always the same answer": constant}, images.multi_label), sep="\n")
+    for one in seeds:
+        low, high = one["arms"][one["chosen"]]["interval"]
+        print(f"seed {one['seed']}: chosen {one['chosen']}, {guess['headline_name']} "
+              f"{one['arms'][one['chosen']]['test']['headline']:.3f}, 95 % interval {low:.3f} to "
+              f"{high:.3f} by the choice of test images")
+    print(f"\n{run.folder} holds result.json, predictions.csv and the weights of seed "
+          f"{best['seed']}; timm loads them with")
     for entry in done:
         if entry["seed"] == best["seed"]:
             print("  " + entry["load"].replace(f"-seed{best['seed']}.pt", ".pt"))
     print(f"for new images:\n  python finetune.py --predict FOLDER --weights {run.folder}")
 
 
-def tested_lines(done: list[dict], seeds: list[dict], images: Any) -> Iterable[dict]:
-    """The test part with its truth and what each network said: one line an image and seed."""
-    for one in seeds:
-        arms = {entry["arm"]: entry["test"].numpy() for entry in done if entry["seed"] == one["seed"]}
-        for i, row in enumerate(images.part("test")):
-            each = {name: p[i] for name, p in arms.items()}
-            yield {"seed": one["seed"], "image": row.path, "truth": "|".join(row.labels),
-                   **prediction_line(each, one["chosen"], images.classes, images.multi_label)}
-
-
 # %% the command: predictions
 
 
-def prediction_line(arms: dict[str, np.ndarray], chosen: str, classes: list[str], multi_label: bool) -> dict:
+def prediction_line(arms: dict[str, np.ndarray], chosen: str, classes: list[str],
+                    multi_label: bool) -> dict:
     """Cells for one image from each network's probabilities `(K,)`: the decision of the `chosen`
     one (several classes joined by |), whether the networks disagree, and every probability."""
     from metrics import decide
 
-    arms, rule = with_ensemble(arms), "threshold" if multi_label else "argmax"
-    decisions = {name: "|".join(c for c, yes in zip(classes, decide(p[None], rule)[0]) if yes)
-                 for name, p in arms.items()}
-    return {"class": decisions[chosen], "arms disagree": "yes" if len(set(decisions.values())) > 1 else "no",
-            **{f"{name}: class": decision for name, decision in decisions.items()},
-            **{f"{name}: {label}": f"{v:.6f}" for name, p in arms.items() for label, v in zip(classes, p)}}
+    decisions, cells = {}, {}
+    for name, probabilities in with_ensemble(arms).items():
+        rule = "threshold" if multi_label else "argmax"
+        yes = decide(probabilities[None], rule)[0]
+        decisions[name] = "|".join(label for label, said in zip(classes, yes) if said)
+        cells |= {f"{name}: {label}": f"{p:.6f}" for label, p in zip(classes, probabilities)}
+    differ = "yes" if len(set(decisions.values())) > 1 else "no"
+    return {"class": decisions[chosen], "arms disagree": differ,
+            **{f"{name}: class": decision for name, decision in decisions.items()}, **cells}
 
 
-def write_lines(file: Path, lines: Iterable[dict]) -> None:
-    """Write dicts as CSV as they come, aside and then renamed."""
-    lines, aside = iter(lines), file.with_name(file.name + ".tmp")
-    first = next(lines)
+def write_lines(file: Path, lines: list[dict]) -> None:
+    """Write dicts of the same keys as CSV, whole or not at all."""
+    from runtime import aside
+
+    with aside(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+        table = csv.DictWriter(handle, list(lines[0]))
+        table.writeheader()
+        table.writerows(lines)
+
+
+def predicted_images(path: Path, classes: list[str]) -> Any:
+    """One image, or all below a folder: with their labels if the network knows all of these."""
+    from data import DataError, ImageSet, Row, find_images, read_images
+
+    if path.is_file():
+        return ImageSet(path.parent, [Row(path.name)], [])
     try:
-        with open(aside, "w", newline="", encoding="utf-8") as handle:
-            table = csv.DictWriter(handle, list(first))
-            table.writeheader()
-            table.writerows(itertools.chain([first], lines))
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+        images = read_images(path)
+    except DataError:  # no form of a data set, but images all the same
+        return find_images(path)
+    known = images.classes and set(images.classes) <= set(classes)
+    return replace(images, classes=classes) if known else find_images(path)
 
 
 def run_prediction(args: argparse.Namespace) -> None:
-    """Classify a folder of images, batch by batch; the memory needed does not grow with it."""
-    from data import find_images
-    from runtime import UserError, load_network, pick_device, read_network
+    """Classify a folder of images, and score the answers if it is labelled."""
+    from data import good_rows
+    from metrics import score
+    from runtime import (UserError, load_network, network_files, pick_device, read_network,
+                         write_text)
 
     if args.weights is None:
-        raise UserError("--predict needs fine-tuned --weights, a run of finetune.py or one file of it")
+        raise UserError("--predict needs fine-tuned --weights, a run of finetune.py or one file")
     device, out = pick_device(args.device), (args.out or Path(".")) / "predictions.csv"
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out} is there already; name another folder with --out, or --overwrite it")
-    files = {name: file for name, (_, file) in find_networks(args).items()}
-    first = read_network(next(iter(files.values())))
-    for file in files.values():
-        saved = read_network(file)
-        if saved["num_classes"] != len(saved["classes"]) or not saved["classes"]:
-            raise UserError(f"{file} has {saved['num_classes']} outputs for {len(saved['classes'])} classes: "
-                            "it is pretrained only; fine-tune it first")
-        if saved["classes"] != first["classes"] or saved["image_size"] != first["image_size"]:
-            raise UserError(f"the networks in {args.weights} were trained for different classes or image sizes; "
+    if out.exists():
+        raise UserError(f"{out} is there already; name another folder with --out, or move it away")
+    files = {file.stem: file for file in network_files(args.weights)}
+    saved = {name: read_network(file) for name, file in files.items()}
+    first, chosen = next(iter(saved.values())), next(iter(saved))
+    for name, one in saved.items():
+        if one["num_classes"] != len(one["classes"]) or not one["classes"]:
+            raise UserError(f"{files[name]} is pretrained only; fine-tune it first")
+        if [one["classes"], one["image_size"]] != [first["classes"], first["image_size"]]:
+            raise UserError(f"the networks in {args.weights} are for different classes or sizes; "
                             "name one file with --weights")
-    chosen, config = next(iter(files)), args.weights / "config.json"
-    if config.is_file():
-        chosen = json.loads(config.read_text(encoding="utf-8")).get("chosen")
+    if (args.weights / "config.json").is_file():
+        config = json.loads((args.weights / "config.json").read_text(encoding="utf-8"))
+        chosen = config.get("chosen")
         if chosen not in (*files, "ensemble"):
-            raise UserError(f"{args.weights} is no finished run of finetune.py; finish it with --resume, or name "
-                            "one file with --weights")
-    networks = {name: load_network(file, first["image_size"]).to(device) for name, file in files.items()}
-    images = find_images(args.predict, args.skip_bad)
-    out.parent.mkdir(parents=True, exist_ok=True)
+            raise UserError(f"{args.weights} is no finished run of finetune.py; --resume it, or "
+                            "name one file with --weights")
+    networks = {name: load_network(file, first["image_size"]).to(device)
+                for name, file in files.items()}
+    images = replace(predicted_images(args.predict, first["classes"]), window=first["window"])
+    images = good_rows(images) if args.skip_bad else images
     for note in images.notes:
         print(f"note: {note}")
     print(f"{len(images.rows)} images; the class is decided by {chosen}"
-          + (", which did best on validation images" if len(files) > 1 else ""))
-    write_lines(out, predict_lines(args, networks, images, chosen, first))
-    print(f"wrote {len(images.rows)} predictions to {out}")
+          + ", which did best on validation images" * (len(files) > 1))
+    arms = predict(args, networks, images, first["image_size"])
+    lines = []
+    for i, row in enumerate(images.rows):
+        each = {name: probabilities[i] for name, probabilities in arms.items()}
+        truth = {"truth": "|".join(row.labels)} if images.classes else {}
+        lines.append({"image": row.path, **truth, **prediction_line(
+            each, chosen, first["classes"], first["multi_label"])})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(out, lines)
+    print(f"wrote {len(lines)} predictions to {out}")
+    known = [i for i, row in enumerate(images.rows) if row.labels or first["multi_label"]]
+    if images.classes and known:
+        truth, scores = images.truth([images.rows[i] for i in known]), {}
+        for name, probabilities in with_ensemble(arms).items():
+            scores[name] = score(truth, probabilities[known], first["classes"],
+                                 first["multi_label"])
+        write_text(out.with_name("result.json"), json.dumps(scores, indent=1) + "\n")
+        rows = {}
+        for name, one in scores.items():
+            rows[name] = {key: (value, None, 1) for key, value in flat_scores(one).items()}
+        print(f"scores on {len(known)} labelled images, in result.json too",
+              *score_table(rows, first["multi_label"]), sep="\n")
 
 
 @torch.no_grad()
-def predict_lines(args: argparse.Namespace, networks: dict[str, nn.Module], images: Any, chosen: str,
-                  saved: dict) -> Iterable[dict]:
-    """One line an image, in the order of `images.rows`; `saved` is what one network's file holds."""
+def predict(args: argparse.Namespace, networks: dict[str, nn.Module], images: Any,
+            image_size: int) -> dict[str, np.ndarray]:
+    """Probabilities `(N, K)` by each network, in the order of `images.rows`."""
     from data import ImageRows, augmentation, make_loader
     from runtime import pick_precision, pick_workers
 
     device = next(next(iter(networks.values())).parameters()).device
     precision = pick_precision(args.precision, device)
-    dataset = ImageRows(images.folder, images.rows, augmentation(saved["image_size"], "none"))
-    loader = make_loader(dataset, args.batch_size, shuffle=False, workers=pick_workers(args.workers, device))
-    rows = iter(images.rows)
-    for network in networks.values():
-        network.eval()
+    loader = make_loader(ImageRows(images, images.rows, augmentation(image_size, "none")),
+                         args.batch_size, shuffle=False, workers=pick_workers(args.workers, device))
+    arms = {name: [] for name in networks}
     for batch in tqdm(loader, unit="batch", disable=not sys.stdout.isatty()):
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            arms = {name: net(batch.to(device)).float().sigmoid().cpu().numpy() for name, net in networks.items()}
-        for i in range(len(batch)):
-            each = {name: p[i] for name, p in arms.items()}
-            yield {"image": next(rows).path, **prediction_line(each, chosen, saved["classes"], saved["multi_label"])}
+        for name, network in networks.items():
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                logits = network.eval()(batch.to(device))
+            arms[name].append(logits.float().sigmoid().cpu().numpy())
+    return {name: np.concatenate(parts) for name, parts in arms.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -592,7 +595,7 @@ def main(argv: list[str] | None = None) -> None:
     from runtime import clear_exit
 
     args = tune_options().parse_args(argv)
-    with clear_exit(DataError, FloatingPointError):
+    with clear_exit(DataError, FloatingPointError, resumable=not args.predict):
         run_prediction(args) if args.predict else run_tuning(args)
 
 
