@@ -178,7 +178,7 @@ def tune_options() -> argparse.ArgumentParser:
     add("--arch", action="append", help="timm name for training from --init; may be given twice")
     add("--protocol", choices=("full", "linear"), default="full", help="train all weights (paper) "
         "or only a classifier on the frozen network (its first version)")
-    add("--labels", type=label_share, default=1.0, help="share of the training labels to use "
+    add("--labels", type=positive(float), default=1.0, help="share of the training labels to use "
         "(paper: 0.01, 0.1, 1); smaller shares lie inside larger ones (%(default)s)")
     add("--seeds", type=positive(int), default=1, help="repeat with so many seeds, from --seed on, "
         "for mean and standard deviation (paper: 5)")
@@ -189,17 +189,6 @@ def tune_options() -> argparse.ArgumentParser:
     add("--predict", type=Path, metavar="FOLDER", help="classify the images of FOLDER, or one "
         "image, with fine-tuned --weights, into predictions.csv (in --out, or here)")
     return parser
-
-
-def label_share(text: str) -> float:
-    """An argparse type: a share above 0 and up to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share of the labels: above 0, at most 1")
-    return value
 
 
 def find_networks(args: argparse.Namespace) -> dict[str, tuple[str, Path | None]]:
@@ -227,6 +216,8 @@ def tuned_images(args: argparse.Namespace, file: Path | None) -> Any:
 
     if args.data is None:
         raise UserError("--data names the folder of labelled images (--predict one to classify)")
+    if args.labels > 1:
+        raise UserError(f"--labels {args.labels:g} is no share: 1 stands for all of them")
     images, split = read_images(args.data), file and file.parent / "split.csv"
     if args.split_file:
         images = read_split(args.split_file, images)
@@ -344,77 +335,54 @@ def tune_once(args: argparse.Namespace, run: Any, name: str, network: nn.Module,
 # %% the command: scores
 
 
-def with_ensemble(arms: dict[str, Any]) -> dict[str, Any]:
+def with_ensemble(arms: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same, and the mean probability of all networks where there are several."""
     return arms | {"ensemble": sum(arms.values()) / len(arms)} if len(arms) > 1 else arms
 
 
-def score_seeds(done: list[dict], images: Any) -> list[dict]:
-    """Scores of each seed: every network, their ensemble (mean probability), the one chosen by its
-    validation headline, and the oracle, which no one has at inference: the best on the test part.
-    """
+def score_seed(entries: dict[str, dict], images: Any) -> dict:
+    """Scores of one seed's networks and their ensemble; which of them was `chosen`, by its score on
+    the validation part, and which is the `oracle` that no one has: the best on the test part."""
     from metrics import bootstrap_interval, score
 
     truth = {part: images.truth(images.labelled(images.part(part))) for part in ("val", "test")}
-    seeds = []
-    for seed in dict.fromkeys(entry["seed"] for entry in done):
-        entries = {entry["arm"]: entry for entry in done if entry["seed"] == seed}
-        val = with_ensemble({name: entry["val"] for name, entry in entries.items()})
-        test = with_ensemble({name: entry["test"] for name, entry in entries.items()})
-        arms = {}
-        for name in test:
-            judged = score(truth["val"], val[name], images.classes, images.multi_label)
-            arms[name] = {
-                **(entries[name]["facts"] if name in entries else {}),
-                "validation": judged["headline"],
-                "interval": bootstrap_interval(truth["test"], test[name], images.multi_label),
-                "test": score(truth["test"], test[name], images.classes, images.multi_label)}
-        chosen = max(arms, key=lambda name: arms[name]["validation"])
-        oracle = max(arms, key=lambda name: arms[name]["test"]["headline"])
-        seeds.append({"seed": seed, "chosen": chosen, "oracle": oracle, "arms": arms})
-    return seeds
+    val = with_ensemble({name: entry["val"] for name, entry in entries.items()})
+    test = with_ensemble({name: entry["test"] for name, entry in entries.items()})
+    arms, kind = {}, (images.classes, images.multi_label)
+    for name in test:
+        facts = entries[name]["facts"] if name in entries else {}
+        arms[name] = {**facts, "validation": score(truth["val"], val[name], *kind)["headline"],
+                      "interval": bootstrap_interval(truth["test"], test[name], kind[1]),
+                      "test": score(truth["test"], test[name], *kind)}
+    return {"seed": next(iter(entries.values()))["seed"], "arms": arms,
+            "chosen": max(arms, key=lambda name: arms[name]["validation"]),
+            "oracle": max(arms, key=lambda name: arms[name]["test"]["headline"])}
 
 
-def flat_scores(test: dict) -> dict[str, float | None]:
-    """The scores over all classes out of what `metrics.score` gives."""
-    scores = {"headline": test["headline"], "auroc": test["auroc"]["macro"]}
-    for rule in ("argmax", "threshold_0.5"):
-        for key, value in test.get(rule, {}).items():
-            if key != "per_class":
-                scores[f"{rule} {key}"] = value
-    return scores
-
-
-def average_seeds(seeds: list[dict]) -> dict[str, dict[str, tuple]]:
-    """For each network, the ensemble, the chosen one and the oracle, every score as (mean, standard
-    deviation, number of seeds); one that a seed leaves undefined is left out."""
+def summary(tests: list[dict]) -> dict[str, tuple]:
+    """(mean, standard deviation, n) over seeds of the main scores; of those that are defined."""
     from metrics import mean_and_spread
 
-    means: dict[str, dict[str, tuple]] = {}
-    for name in (*seeds[0]["arms"], "chosen", "oracle"):
-        runs = [flat_scores(one["arms"][one.get(name, name)]["test"]) for one in seeds]
-        means[name] = {key: mean_and_spread([scores[key] for scores in runs])
-                       for key in runs[0] if all(scores[key] is not None for scores in runs)}
-    return means
+    rule = "threshold_0.5" if tests[0]["multi_label"] else "argmax"
+    exact = "subset_accuracy" if tests[0]["multi_label"] else "accuracy"
+    found = {"macro F1": [test[rule]["f1_macro"] for test in tests],
+             "pooled F1": [test["threshold_0.5"]["f1_pooled"] for test in tests],
+             "accuracy": [test[rule][exact] for test in tests],
+             "AUROC": [test["auroc"]["macro"] for test in tests]}
+    return {name: mean_and_spread(values) for name, values in found.items() if None not in values}
 
 
-COLUMNS = {"macro F1": "argmax f1_macro", "F1 pooled": "threshold_0.5 f1_pooled",
-           "accuracy": "argmax accuracy", "AUROC": "auroc"}
-COLUMNS_MULTI = {"pooled F1": "threshold_0.5 f1_pooled", "macro F1": "threshold_0.5 f1_macro",
-                 "all labels": "threshold_0.5 subset_accuracy", "AUROC": "auroc"}
-
-
-def score_table(means: dict[str, dict[str, tuple]], multi_label: bool) -> Iterable[str]:
-    """Lines for the screen: mean +- standard deviation over seeds of each row of `means`."""
-    columns = COLUMNS_MULTI if multi_label else COLUMNS
-    yield f"{'':27}" + "".join(f"{title:>16}" for title in columns)
-    for name, scores in means.items():
-        cells = []
-        for key in columns.values():
-            mean, spread, _ = scores.get(key, (None, None, 0))
-            cell = "-" if mean is None else f"{mean:.3f}"
-            cells.append(cell + ("" if spread is None else f" +-{spread:.3f}"))
-        yield f"{name[:26]:27}" + "".join(f"{cell:>16}" for cell in cells)
+def score_table(rows: dict[str, dict[str, tuple]]) -> Iterable[str]:
+    """Lines for the screen from a `summary` for each row."""
+    titles = list(next(iter(rows.values())))
+    yield f"{'':27}" + "".join(f"{title:>16}" for title in titles)
+    for name, scores in rows.items():
+        line = f"{name[:26]:27}"
+        for title in titles:
+            mean, spread, _ = scores.get(title, (math.nan, None, 0))
+            cell = f"{mean:.3f}" if spread is None else f"{mean:.3f} +-{spread:.3f}"
+            line += f"{cell:>16}"
+        yield line
 
 
 def report(run: Any, done: list[dict], images: Any) -> None:
@@ -423,68 +391,68 @@ def report(run: Any, done: list[dict], images: Any) -> None:
     from metrics import score
     from runtime import write_text
 
-    seeds = score_seeds(done, images)
     tested = images.labelled(images.part("test"))
     share = images.truth(images.labelled(images.part("train"))).mean(0)
     guess = score(images.truth(tested), np.tile(share, (len(tested), 1)), images.classes,
                   images.multi_label)  # what the same answer for every image would reach
-    means, best = average_seeds(seeds), max(
-        seeds, key=lambda one: one["arms"][one["chosen"]]["validation"])
-    write_text(run.folder / "result.json", json.dumps({
-        "headline": guess["headline_name"], "kept_seed": best["seed"], "chosen": best["chosen"],
-        "mean_sd_n": means, "guess": guess, "seeds": seeds,
-        "run": {key: run.config[key] for key in run.config if key != "finished"}}, indent=1) + "\n")
-    lines = []
-    for one in seeds:
-        entries = {entry["arm"]: entry["test"] for entry in done if entry["seed"] == one["seed"]}
-        for i, row in enumerate(tested):
-            each = {name: probabilities[i] for name, probabilities in entries.items()}
-            lines.append({"seed": one["seed"], "image": row.path, "truth": "|".join(row.labels),
-                          **prediction_line(each, one["chosen"], images.classes,
-                                            images.multi_label)})
+    seeds, lines = [], []
+    for seed in dict.fromkeys(entry["seed"] for entry in done):
+        entries = {entry["arm"]: entry for entry in done if entry["seed"] == seed}
+        seeds.append(score_seed(entries, images))
+        arms = {name: entry["test"] for name, entry in entries.items()}
+        lines += prediction_lines(arms, seeds[-1]["chosen"], images, tested, {"seed": seed})
+    best = max(seeds, key=lambda one: one["arms"][one["chosen"]]["validation"])
+    means = {name: summary([one["arms"][one.get(name, name)]["test"] for one in seeds])
+             for name in (*best["arms"], "chosen", "oracle")}
+    config = {key: value for key, value in run.config.items() if key != "finished"}
+    result = {"headline": guess["headline_name"], "kept_seed": best["seed"],
+              "chosen": best["chosen"], "mean_sd_n": means, "guess": guess, "seeds": seeds,
+              "run": config}
+    write_text(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
     write_lines(run.folder / "predictions.csv", lines)
-    for name in {entry["arm"] for entry in done}:
-        (run.folder / f"{name}-seed{best['seed']}.pt").replace(run.folder / f"{name}.pt")
+    kept = [entry for entry in done if entry["seed"] == best["seed"]]
+    for entry in kept:
+        (run.folder / f"{entry['arm']}-seed{best['seed']}.pt").replace(
+            run.folder / f"{entry['arm']}.pt")
     run.finish(chosen=best["chosen"])
     for file in run.folder.glob("*-seed*.pt"):  # the other seeds', and the checkpoints
         file.unlink()
-    if len(best["arms"]) == 1:
-        means = {name: means[name] for name in best["arms"]}
-    constant = {key: (value, None, 1) for key, value in flat_scores(guess).items()}
-    print(f"\ntest scores on {len(tested)} images, {len(seeds)} seed(s), mean and standard "
-          "deviation; an arm is chosen\non validation images; the oracle is chosen in hindsight")
-    print(*score_table(means | {"always the same answer": constant}, images.multi_label), sep="\n")
+    print(f"\ntest scores on {len(tested)} images, {len(seeds)} seed(s); chosen: by validation "
+          "images, oracle: in hindsight")
+    print(*score_table(means | {"always the same answer": summary([guess])}), sep="\n")
     for one in seeds:
-        low, high = one["arms"][one["chosen"]]["interval"]
-        print(f"seed {one['seed']}: chosen {one['chosen']}, {guess['headline_name']} "
-              f"{one['arms'][one['chosen']]['test']['headline']:.3f}, 95 % interval {low:.3f} to "
-              f"{high:.3f} by the choice of test images")
+        arm = one["arms"][one["chosen"]]
+        print(f"seed {one['seed']}: {one['chosen']} is chosen, {guess['headline_name']} "
+              f"{arm['test']['headline']:.3f}, {arm['interval'][0]:.3f} to "
+              f"{arm['interval'][1]:.3f} for other test images (95 %)")
     print(f"\n{run.folder} holds result.json, predictions.csv and the weights of seed "
           f"{best['seed']}; timm loads them with")
-    for entry in done:
-        if entry["seed"] == best["seed"]:
-            print("  " + entry["load"].replace(f"-seed{best['seed']}.pt", ".pt"))
+    for entry in kept:
+        print("  " + entry["load"].replace(f"-seed{best['seed']}.pt", ".pt"))
     print(f"for new images:\n  python finetune.py --predict FOLDER --weights {run.folder}")
 
 
 # %% the command: predictions
 
 
-def prediction_line(arms: dict[str, np.ndarray], chosen: str, classes: list[str],
-                    multi_label: bool) -> dict:
-    """Cells for one image from each network's probabilities `(K,)`: the decision of the `chosen`
-    one (several classes joined by |), whether the networks disagree, and every probability."""
+def prediction_lines(arms: dict[str, np.ndarray], chosen: str, images: Any, rows: list,
+                     first: dict) -> Iterable[dict]:
+    """A dict for each image from each network's probabilities `(N, K)`: the classes by the `chosen`
+    one, joined by |, whether the networks disagree, and every answer and probability."""
     from metrics import decide
 
-    decisions, cells = {}, {}
-    for name, probabilities in with_ensemble(arms).items():
-        rule = "threshold" if multi_label else "argmax"
-        yes = decide(probabilities[None], rule)[0]
-        decisions[name] = "|".join(label for label, said in zip(classes, yes) if said)
-        cells |= {f"{name}: {label}": f"{p:.6f}" for label, p in zip(classes, probabilities)}
-    differ = "yes" if len(set(decisions.values())) > 1 else "no"
-    return {"class": decisions[chosen], "arms disagree": differ,
-            **{f"{name}: class": decision for name, decision in decisions.items()}, **cells}
+    arms, rule = with_ensemble(arms), "threshold" if images.multi_label else "argmax"
+    decided = {name: decide(probabilities, rule) for name, probabilities in arms.items()}
+    for i, row in enumerate(rows):
+        answers, cells = {}, {}
+        for name, probabilities in arms.items():
+            said = [label for k, label in enumerate(images.classes) if decided[name][i, k]]
+            answers[name] = "|".join(said)
+            for label, value in zip(images.classes, probabilities[i]):
+                cells[f"{name}: {label}"] = f"{value:.6f}"
+        yield {**first, "image": row.path, "truth": "|".join(row.labels), "class": answers[chosen],
+               "arms disagree": "yes" if len(set(answers.values())) > 1 else "no",
+               **{f"{name}: class": answer for name, answer in answers.items()}, **cells}
 
 
 def write_lines(file: Path, lines: list[dict]) -> None:
@@ -497,77 +465,78 @@ def write_lines(file: Path, lines: list[dict]) -> None:
         table.writerows(lines)
 
 
-def predicted_images(path: Path, classes: list[str]) -> Any:
-    """One image, or all below a folder: with their labels if the network knows all of these."""
+def predicted_images(path: Path, saved: dict) -> Any:
+    """One image, or all below a folder, with their labels if the network knows all of these;
+    `saved` is what a file of weights holds."""
     from data import DataError, ImageSet, Row, find_images, read_images
 
     if path.is_file():
-        return ImageSet(path.parent, [Row(path.name)], [])
-    try:
-        images = read_images(path)
-    except DataError:  # no form of a data set, but images all the same
-        return find_images(path)
-    known = images.classes and set(images.classes) <= set(classes)
-    return replace(images, classes=classes) if known else find_images(path)
+        images = ImageSet(path.parent, [Row(path.name)], [])
+    else:
+        try:
+            images = read_images(path)
+            if not set(images.classes) <= set(saved["classes"]):
+                images = find_images(path)
+        except DataError:  # no form of a data set, but perhaps images all the same
+            images = find_images(path)
+    return replace(images, classes=saved["classes"], multi_label=saved["multi_label"],
+                   window=saved["window"])
+
+
+def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
+    """The files of fine-tuned networks, what the first holds, and the name of the chosen one."""
+    from runtime import UserError, network_files, read_network
+
+    if weights is None:
+        raise UserError("--predict needs fine-tuned --weights, a run of finetune.py or one file")
+    files = {file.stem: file for file in network_files(weights)}
+    saved = [read_network(file) for file in files.values()]
+    for file, one in zip(files.values(), saved):
+        if not one["classes"] or one["num_classes"] != len(one["classes"]):
+            raise UserError(f"{file} is pretrained only; fine-tune it first")
+        if any(one[key] != saved[0][key] for key in ("classes", "image_size", "window")):
+            raise UserError(f"the networks in {weights} are for different classes or image sizes; "
+                            "name one file with --weights")
+    config = weights / "config.json"
+    if not config.is_file():
+        return files, saved[0], next(iter(files))
+    chosen = json.loads(config.read_text(encoding="utf-8")).get("chosen")
+    if chosen not in (*files, "ensemble"):
+        raise UserError(f"{weights} is no finished run of finetune.py; --resume it, or name one "
+                        "file with --weights")
+    return files, saved[0], chosen
 
 
 def run_prediction(args: argparse.Namespace) -> None:
-    """Classify a folder of images, and score the answers if it is labelled."""
+    """Classify a folder of images, and score the answers where it is labelled."""
     from data import good_rows
     from metrics import score
-    from runtime import (UserError, load_network, network_files, pick_device, read_network,
-                         write_text)
+    from runtime import UserError, load_network, pick_device, write_text
 
-    if args.weights is None:
-        raise UserError("--predict needs fine-tuned --weights, a run of finetune.py or one file")
+    files, saved, chosen = fine_tuned(args.weights)
     device, out = pick_device(args.device), (args.out or Path(".")) / "predictions.csv"
     if out.exists():
         raise UserError(f"{out} is there already; name another folder with --out, or move it away")
-    files = {file.stem: file for file in network_files(args.weights)}
-    saved = {name: read_network(file) for name, file in files.items()}
-    first, chosen = next(iter(saved.values())), next(iter(saved))
-    for name, one in saved.items():
-        if one["num_classes"] != len(one["classes"]) or not one["classes"]:
-            raise UserError(f"{files[name]} is pretrained only; fine-tune it first")
-        if [one["classes"], one["image_size"]] != [first["classes"], first["image_size"]]:
-            raise UserError(f"the networks in {args.weights} are for different classes or sizes; "
-                            "name one file with --weights")
-    if (args.weights / "config.json").is_file():
-        config = json.loads((args.weights / "config.json").read_text(encoding="utf-8"))
-        chosen = config.get("chosen")
-        if chosen not in (*files, "ensemble"):
-            raise UserError(f"{args.weights} is no finished run of finetune.py; --resume it, or "
-                            "name one file with --weights")
-    networks = {name: load_network(file, first["image_size"]).to(device)
+    networks = {name: load_network(file, saved["image_size"]).to(device)
                 for name, file in files.items()}
-    images = replace(predicted_images(args.predict, first["classes"]), window=first["window"])
+    images = predicted_images(args.predict, saved)
     images = good_rows(images) if args.skip_bad else images
     for note in images.notes:
         print(f"note: {note}")
     print(f"{len(images.rows)} images; the class is decided by {chosen}"
           + ", which did best on validation images" * (len(files) > 1))
-    arms = predict(args, networks, images, first["image_size"])
-    lines = []
-    for i, row in enumerate(images.rows):
-        each = {name: probabilities[i] for name, probabilities in arms.items()}
-        truth = {"truth": "|".join(row.labels)} if images.classes else {}
-        lines.append({"image": row.path, **truth, **prediction_line(
-            each, chosen, first["classes"], first["multi_label"])})
+    arms = predict(args, networks, images, saved["image_size"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(out, lines)
-    print(f"wrote {len(lines)} predictions to {out}")
-    known = [i for i, row in enumerate(images.rows) if row.labels or first["multi_label"]]
-    if images.classes and known:
+    write_lines(out, list(prediction_lines(arms, chosen, images, images.rows, {})))
+    print(f"wrote {len(images.rows)} predictions to {out}")
+    known = [i for i, row in enumerate(images.rows) if row.labels]
+    if known:
         truth, scores = images.truth([images.rows[i] for i in known]), {}
         for name, probabilities in with_ensemble(arms).items():
-            scores[name] = score(truth, probabilities[known], first["classes"],
-                                 first["multi_label"])
+            scores[name] = score(truth, probabilities[known], images.classes, images.multi_label)
         write_text(out.with_name("result.json"), json.dumps(scores, indent=1) + "\n")
-        rows = {}
-        for name, one in scores.items():
-            rows[name] = {key: (value, None, 1) for key, value in flat_scores(one).items()}
-        print(f"scores on {len(known)} labelled images, in result.json too",
-              *score_table(rows, first["multi_label"]), sep="\n")
+        print(f"scores on {len(known)} labelled images, in result.json too")
+        print(*score_table({name: summary([one]) for name, one in scores.items()}), sep="\n")
 
 
 @torch.no_grad()
