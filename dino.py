@@ -206,7 +206,7 @@ def pretrain_dino(
     others = [p for p in student.parameters() if p.ndim <= 1]  # biases and norms: no decay
     optimizer = torch.optim.AdamW([  # without decay this is Adam
         {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0}], lr)
+        {"params": others, "weight_decay": 0.0}], lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     parts = [student, teacher, centre, optimizer, scaler]  # all that changes while training

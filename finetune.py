@@ -102,7 +102,8 @@ def finetune_network(
     head = network.get_classifier()  # two of them in distilled models
     network.requires_grad_(not linear)
     nn.ModuleList(head if isinstance(head, tuple) else [head]).requires_grad_(True)
-    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr, fused=True)
     best, weights = copy.deepcopy(network), None if weights is None else weights.to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
