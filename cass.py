@@ -214,7 +214,7 @@ def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
     run.begin(arms={"cnn": args.cnn, "transformer": args.transformer}, classes=images.classes,
               multi_label=images.multi_label, window=images.window, precision=str(precision))
     write_split(out / "split.csv", images)
-    for note in (*images.notes, *(arm.origin for arm in arms.values())):
+    for note in (*images.notes, *(arm.origin for arm in arms.values()), f"{device}, {precision}"):
         print(f"note: {note}")
     dataset = ImageRows(images, rows, augmentation(args.image_size, args.augment), args.seed,
                         cache=cache)

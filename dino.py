@@ -303,7 +303,7 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
     run.begin(arms={"backbone": args.arch}, classes=images.classes,
               multi_label=images.multi_label, window=images.window, precision=str(precision))
     write_split(out / "split.csv", images)
-    for note in (*images.notes, backbone.origin):
+    for note in (*images.notes, backbone.origin, f"{device}, {precision}"):
         print(f"note: {note}")
     views = DinoViews(args.image_size, crops, local_size)
     loader = make_loader(ImageRows(images, rows, views, args.seed, cache=cache), args.batch_size,

@@ -288,7 +288,7 @@ def run_tuning(args: argparse.Namespace) -> None:
               multi_label=images.multi_label, window=images.window, image_size=args.image_size,
               precision=str(precision))
     write_split(out / "split.csv", images)
-    for note in (*images.notes, *origins):
+    for note in (*images.notes, *origins, f"{device}, {precision}"):
         print(f"note: {note}")
     done = []
     for seed in range(args.seed, args.seed + args.seeds):

@@ -151,11 +151,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype to autocast to; float32 means no autocast."""
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    if device.type != "cuda":
-        return torch.float32
-    # Emulated bf16 counts as supported unless asked otherwise, and is slow.
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+    if device.type == "cuda":  # emulated bf16 counts as supported unless asked otherwise
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native and device.type == "cpu" else torch.float32
 
 
 # %% models and their weights
