@@ -151,7 +151,7 @@ def draw_attention(networks: list[Network], images: ImageSet, block: int) -> tup
         columns.append([caption, picture, f"{values.min():.2f} to {values.max():.2f}"])
     columns.append(["", draw_bar(low, high, 240, "1 = an even share")])
     text = ("How much the class token, from which the answer is made, draws on each patch in block "
-            f"{block}, counted from 0, as the mean over heads{over}; the same colours for all.")
+            f"{block} (0 is the first), mean over heads{over}.")
     return draw_page("Class attention", text, columns), maps
 
 
