@@ -38,9 +38,12 @@ PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val
 
 
 def find_images(folder: str | Path, skip_bad: bool = False) -> ImageSet:
-    """All images below a folder, whatever its form, without labels or parts."""
-    paths, _, notes = _walk(Path(folder))
-    images = ImageSet(Path(folder), [Row(path) for path in paths], [], notes=notes)
+    """All images below a folder, whatever its form, or one file; without labels or parts."""
+    folder = Path(folder)
+    if folder.is_file():
+        return ImageSet(folder.parent, [Row(folder.name)], [])
+    paths, _, notes = _walk(folder)
+    images = ImageSet(folder, [Row(path) for path in paths], [], notes=notes)
     return good_rows(images) if skip_bad else images
 
 
@@ -123,11 +126,9 @@ def _doubts(rows: list[Row], classes: list[str], depth: int) -> list[str]:
     deeper = [row.path for row in rows if row.labels and row.path.count("/") > depth]
     stems = {os.path.splitext(row.path)[0] for row in rows}
     masks = sorted(stem for stem in stems if MASK.search(stem) and MASK.sub("", stem) in stems)
-    return [*such(other, "folders are taken for classes; parts are called train, val and test, "
-                          "and masks must lie elsewhere"),
-            *such(deeper, "images lie deeper than their class folder, whose name counts; to name "
-                           "other classes write a labels.csv"),
-            *such(masks, "images look like masks of others; move them out of the folder")]
+    return (such(other, "folders are taken for classes; call parts train, val, test; no masks here")
+            + such(deeper, "images lie deeper than their class folder; else write a labels.csv")
+            + such(masks, "images look like masks of others; move them out of the folder"))
 
 
 def _by_number(name: str) -> tuple:
@@ -237,8 +238,7 @@ def _labels(where: str, names: list[str], line: dict[str, str]) -> tuple[str, ..
         return tuple(name for name in names if line[name].lower() in YES)
     labels = [label.strip() for name in names for label in line[name].split("|")]
     for label in labels:
-        require(label.lower() not in UNKNOWN,
-                f"{where} has the label {label!r}; leave the cell empty where none is known")
+        require(label.lower() not in UNKNOWN, f"{where} has label {label!r}; leave it empty")
     return tuple(dict.fromkeys(filter(None, labels)))
 
 
@@ -435,8 +435,8 @@ def describe(images: ImageSet) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    words = "Show how a folder of images is read and split."
-    parser = argparse.ArgumentParser("data.py", description=words, allow_abbrev=False)
+    parser = argparse.ArgumentParser("data.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_options(parser)
     args = parser.parse_args(argv)
     try:

@@ -108,12 +108,12 @@ def _decode(file) -> tuple[Image.Image, np.ndarray | None, bool]:
     if kind == 2 and image.mode == "L":  # signed bytes
         image = image.point(lambda value: value ^ 128)
     if deep and image.mode[0] in "IF":
-        values = np.asarray(image, np.float64)
+        values = np.asarray(image, np.float32)
         if bits == 32 and kind == 1:  # which Pillow has in signed numbers
             values = values % 2.0 ** 32
     elif deep:
         low = np.asarray(_load(_header(file)[0], lower=True))[..., :3]
-        values = np.asarray(image)[..., :3] * 256.0 + low
+        values = np.asarray(image)[..., :3] * np.float32(256) + low
     if multiplied:  # so they are already as they look over black
         image = image.getchannel(0) if image.mode == "La" else image.convert("RGB")
     return image, values, tags.get(PHOTOMETRIC) == 0

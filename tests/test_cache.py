@@ -78,7 +78,7 @@ RUNS = {
 @pytest.mark.parametrize("method", RUNS)
 def test_weights_are_the_same_to_the_bit(method: str, tmp_path: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = class_folders(tmp_path / "set", a=20, b=20)
+    folder = class_folders(tmp_path / "set", a=12, b=12)
     module, options = RUNS[method]
     common = ["--data", str(folder), *options.split(), "--init", "random", "--image-size", "32",
               "--batch-size", "8", "--workers", "0"]
@@ -254,8 +254,8 @@ def test_damaged_image_stops_a_cached_run_before_it_begins(tmp_path: Path,
     (folder / "a" / "cut.png").write_bytes((folder / "a" / "0.png").read_bytes()[:100])
     module, options = RUNS["cass"]
     command = ["--data", str(folder), "--out", str(tmp_path / "out"), "--cache",
-               str(tmp_path / "cache"), *options.split(), "--init", "random",
-               *"--image-size 32 --batch-size 4 --workers 0".split()]
+               str(tmp_path / "cache"), *options.split(), "--init", "random", "--epochs", "1",
+               *"--image-size 32 --batch-size 10 --workers 0".split()]
     assert "cut.png" in sentence(capsys, lambda: module.main(command))
     assert not (tmp_path / "out").exists()
     module.main([*command, "--skip-bad"])

@@ -74,6 +74,15 @@ def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert counts(images) == [7, 1, 2] and images.labelled(images.rows) == []
 
 
+def test_one_file_is_found_as_well_as_a_folder(tmp_path: Path) -> None:
+    put(tmp_path, "a/0.png", "a/b/1.png", "2.png")
+    images = data.find_images(tmp_path)
+    assert [row.path for row in images.rows] == ["2.png", "a/0.png", "a/b/1.png"]
+    images = data.find_images(tmp_path / "a" / "0.png")
+    assert images.folder == tmp_path / "a" and images.rows == [Row("0.png")]
+    assert not images.classes and {row.split for row in images.rows} == {""}
+
+
 def test_split_folders_of_unlabelled_images(tmp_path: Path) -> None:
     images = read_images(put(tmp_path, "train/0.png", "test/0.png"))
     assert {(r.path, r.split, r.labels) for r in images.rows} == {
@@ -119,7 +128,7 @@ def test_endings_that_pillow_opens_are_read(tmp_path: Path) -> None:
     (["a/0.png", "a/scan.dcm", "b/x.nii.gz", "b/1.png"], ["not read", "1 .dcm", "1 .gz"]),
     (["a/0.png", "b/readme"], ["1 folders hold no images", "such as b"]),
     (["images/0.png", "masks/0.png"], ["taken for classes", "masks"]),
-    (["train_set/a/0.png", "test_set/a/0.png"], ["taken for classes", "train, val and test"]),
+    (["train_set/a/0.png", "test_set/a/0.png"], ["taken for classes", "train, val, test"]),
     (["p1/benign/0.png", "p2/malignant/1.png"], ["deeper", "p1/benign/0.png", "labels.csv"]),
     (["a/x.png", "a/x_mask.png", "b/y (1).png", "b/y (1)_mask_1.png"], ["2 images look like"]),
 ])
@@ -242,7 +251,7 @@ def test_labels_csv_with_few_labels_or_none(tmp_path: Path) -> None:
     ("image,cat,dog\na.png,1,\n", ["line 2", "'dog'", "''", "0 or 1"]),
     ("image,cat,dog\na.png,1,-1\n", ["line 2", "'dog'", "'-1'", "0 or 1"]),
     ("image,cat,dog\na.png,1,NaN\n", ["line 2", "'dog'", "'NaN'", "0 or 1"]),
-    ("image,label\na.png,cat\nb.png,NA\n", ["line 3", "'NA'", "empty"]),
+    ("image,label\na.png,cat\nb.png,NA\n", ["line 3", "'NA'", "leave it empty"]),
     ("image,label\na.png,1\nb.png,1.0\n", ["'1' and '1.0'"]),
     ("file,label\na.png,cat\n", ["`image`", "file, label"]),
     ("image,cat,cat\na.png,1,0\n", ["distinct"]),
