@@ -165,13 +165,14 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
                 seed: int = 0, dynamic: bool = False) -> nn.Module:
     """A timm model that takes `(N, 3, image_size, image_size)` and gives `(N, outputs)` logits.
 
-    `init` is `imagenet`, `random` or a folder of weight files; `outputs=None` keeps the number of
-    the weights. Position embeddings are fitted to `image_size`, with `dynamic` to every batch's.
+    `init` is `imagenet`, `random` or a folder of weight files; `outputs=None` keeps the
+    classifier. Position embeddings are fitted to `image_size`, with `dynamic` to every batch's.
     The model carries `.image_size`, `.fixed_size` (was it built for that size alone) and
     `.origin`, a line on where its weights are from. Raises `UserError`.
     """
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), 4, 0.5)
+    known = {*timm.list_models(), *timm.list_pretrained()}  # without a tag, and with
+    if name not in known:
+        near = difflib.get_close_matches(name, sorted(known), 4, 0.5)
         raise UserError(f"timm {timm.__version__} knows no model {name!r}"
                         + f"; the nearest names are {', '.join(near)}" * bool(near))
     create = partial(_create, name, image_size, seed, dynamic)
@@ -237,8 +238,8 @@ def check_size(model: nn.Module, name: str, image_size: int) -> None:
 
 def _with_weights(create: Callable[..., nn.Module], outputs: int | None,
                   weights: dict[str, Tensor] | None, origin: Any) -> nn.Module:
-    """A model with all `weights` (None: timm's own), under a new classifier if `outputs` asks for
-    another number of classes than they have. Raises `UserError` if a tensor is missing."""
+    """A model with all `weights` (None: timm's own); with `outputs`, under a new classifier of so
+    many classes. Raises `UserError` if a tensor is missing or does not fit."""
     model = create(outputs)
     heads = model.pretrained_cfg.get("classifier") or ()  # two in distilled models
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
@@ -258,7 +259,7 @@ def _with_weights(create: Callable[..., nn.Module], outputs: int | None,
         raise UserError(f"{origin} can't be loaded as this network: "
                         f"{' '.join(str(error).split())[:200]}") from None
     found, own = source.state_dict(), {}
-    if outputs in (None, source.num_classes):
+    if outputs is None:
         model = source
     else:
         own = {key: x for key, x in model.state_dict().items() if key.startswith(heads)}
