@@ -255,7 +255,7 @@ def test_damaged_image_stops_a_cached_run_before_it_begins(tmp_path: Path,
     module, options = RUNS["cass"]
     command = ["--data", str(folder), "--out", str(tmp_path / "out"), "--cache",
                str(tmp_path / "cache"), *options.split(), "--init", "random", "--epochs", "1",
-               *"--image-size 32 --batch-size 10 --workers 0".split()]
+               *"--image-size 32 --batch-size 4 --workers 0".split()]
     assert "cut.png" in sentence(capsys, lambda: module.main(command))
     assert not (tmp_path / "out").exists()
     module.main([*command, "--skip-bad"])
