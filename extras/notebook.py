@@ -20,14 +20,22 @@ import re
 
 from runtime import UserError, clear_exit, command_parser, write_text
 
-TRY = {"cass": """\
-import timm
-
+TRY = {
+    "cass": """\
 cnn = timm.create_model("test_resnet", num_classes=16)
 transformer = timm.create_model("test_vit", img_size=32, num_classes=16)
 batches = [torch.rand(8, 3, 32, 32) for _ in range(4)]  # in place of images
-networks = pretrain_cass(cnn, transformer, batches, epochs=2, log=print)
-"""}
+networks = pretrain_cass(cnn, transformer, batches, epochs=2, log=print)""",
+    "dino": """\
+student = DinoNetwork(timm.create_model("test_vit", img_size=32), out_dim=64)
+crops = [torch.rand(8, 3, 32, 32) for _ in range(4)]  # in place of images
+batches = [(crops[:2], crops[2:])] * 4  # the teacher's crops, the student's
+backbones = pretrain_dino(student, batches, epochs=2, log=print)""",
+    "finetune": """\
+network = timm.create_model("test_resnet", num_classes=3)
+images, labels = torch.rand(8, 3, 32, 32), torch.eye(3)[torch.arange(8) % 3]
+batches = [(images, labels)] * 4
+finetune_network(network, batches, batches, epochs=2, log=print)"""}
 
 
 def make_cell(kind: str, text: str) -> dict:
@@ -48,7 +56,8 @@ def make_notebook(text: str, last: str = "") -> dict:
         title, _, code = part.partition("\n")
         cells += [make_cell("markdown", f"## {title}"), make_cell("code", code)]
     if last:
-        cells += [make_cell("markdown", "## try it on random tensors"), make_cell("code", last)]
+        cells += [make_cell("markdown", "## try it on random tensors"),
+                  make_cell("code", "import timm\n\n" + last)]
     return {"cells": cells, "metadata": {"language_info": {"name": "python"}, "kernelspec": {
         "name": "python3", "display_name": "Python 3"}}, "nbformat": 4, "nbformat_minor": 4}
 
