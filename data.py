@@ -339,7 +339,7 @@ def read_split(file: Path, images: ImageSet, grow: bool = False) -> ImageSet:
                 f"{where}: {path} has other labels in {images.folder} now")
     both = [replace(known[path], split=part) for path, part in parts.items() if path in known]
     others = [row for row in images.rows if row.path not in parts]
-    require(parts and (both or grow), f"{file} is empty or of another data set than {images.folder}")
+    require(parts and (both or grow), f"{file} is empty or of another data set than the images")
     if grow and not both:
         note = f"{images.folder} holds no image of {file} and is split anew"
         return replace(images, notes=[*images.notes, note])
