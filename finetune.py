@@ -469,17 +469,14 @@ def write_lines(file: Path, lines: list[dict]) -> None:
 def predicted_images(path: Path, saved: dict) -> Any:
     """One image, or all below a folder, with their labels if the network knows all of these;
     `saved` is what a file of weights holds."""
-    from data import DataError, ImageSet, Row, find_images, read_images
+    from data import DataError, find_images, read_images
 
-    if path.is_file():
-        images = ImageSet(path.parent, [Row(path.name)], [])
-    else:
-        try:
-            images = read_images(path)
-            if not set(images.classes) <= set(saved["classes"]):
-                images = find_images(path)
-        except DataError:  # no form of a data set, but perhaps images all the same
+    try:
+        images = read_images(path)
+        if not set(images.classes) <= set(saved["classes"]):
             images = find_images(path)
+    except DataError:  # one file, or no form of a data set, but images all the same
+        images = find_images(path)
     return replace(images, classes=saved["classes"], multi_label=saved["multi_label"],
                    window=saved["window"])
 
