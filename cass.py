@@ -131,6 +131,8 @@ def pretrain_cass(
         save(parts, history)
     if averages[0].n_averaged == 0:  # never averaged: an AveragedModel holds the first weights
         return arms
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epochs - 1)  # resumed after the last epoch, it has not been told
     with autocast:
         for average in averages:
             update_bn(loader, average, device)

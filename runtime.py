@@ -438,12 +438,12 @@ class Run:
             return
         random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         newest, state = self.folder / f"{name}.pt", [part.state_dict() for part in parts]
-        with aside(self.folder / f"{name}-next.pt") as file:
+        with aside(self.folder / f"{name}.next") as file:
             torch.save({"history": history, "rows": self.rows, "parts": state,
                         "random": random}, file)
         if newest.exists():
             os.replace(newest, self.folder / f"{name}-prev.pt")
-        os.replace(self.folder / f"{name}-next.pt", newest)
+        os.replace(self.folder / f"{name}.next", newest)
         self.saved_at = time.perf_counter()
         self.cost = self.saved_at - begun
 
