@@ -280,7 +280,8 @@ def test_loss_that_is_not_finite_ends_training_and_nothing_is_saved() -> None:
 
 # %% the command
 
-TINY = "--cnn test_resnet --transformer test_vit --image-size 32 --batch-size 4 --workers 0".split()
+TINY = ("--cnn test_resnet --transformer test_vit --image-size 32 --batch-size 4 --workers 0 "
+        "--precision fp32 --init random").split()
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +291,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(images: Path, out: Path, *more: str, epochs: int = 2) -> None:
     cass.main(["--data", str(images), "--out", str(out), *TINY, "--epochs", str(epochs),
-               "--init", "random", *more])
+               *more])
 
 
 def networks(out: Path) -> dict[str, Tensor]:
