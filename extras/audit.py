@@ -191,8 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, help="folder of the report (default: runs/audit-<data set>)")
     add("--near", type=int, default=4, help=f"signs, of {BITS}, that may differ (default: 4)")
     add("--write-split", nargs="?", const="exact", choices=("exact", "near"),
-        help="write split.csv without the test images of which training or validation has equal "
-             "pixels (exact, if nothing is said) or near duplicates (near)")
+        help="write split.csv without the test images that leak; near: nor those that nearly do")
     with clear_exit(DataError):
         run_audit(parser.parse_args(argv))
 

@@ -20,7 +20,6 @@ if not __package__:  # run by its path
 
 import argparse
 import csv
-import io
 import re
 import unicodedata
 from collections import defaultdict
@@ -31,7 +30,7 @@ from PIL import Image
 
 from data import (PART_NAMES, PARTS, DataError, Row, describe, distinct_classes, find_images,
                   read_images, read_table, split_images)
-from runtime import clear_exit, command_parser, write_text
+from runtime import clear_exit, command_parser
 
 ISIC, ISIC_FACTS = "ISIC_2019_Training_GroundTruth.csv", "ISIC_2019_Training_Metadata.csv"
 # Names of columns by what they hold, the likeliest first, in lower case, with _ for blanks.
@@ -39,7 +38,6 @@ IMAGE = ("image", "image_name", "image_id", "image_index", "isic_id", "image_pat
          "filepath", "file_path", "file_name", "filename", "file", "img", "name", "id")
 LABEL = ("label", "labels", "diagnosis", "finding_labels", "dx", "target", "class", "category")
 GROUP = ("group", "patient", "patient_id", "lesion", "lesion_id", "case", "case_id", "subject")
-SPLIT = ("split", "part", "set", "subset")
 OTHER = ("", "index", "unnamed:_0", "sex", "gender", "age")  # never labels
 YES, NO, UNCLEAR = {"1", "true"}, {"0", "false"}, {"", "?", "-1"}  # in the column of a class
 
@@ -79,22 +77,21 @@ def choose_columns(file: Path, header: list[str], lines: list[dict[str, str]],
 
     image = args.image_column or next(iter(known(IMAGE)), "")
     group = args.group_column or next(iter(known(GROUP)), "")
-    split = next((name for name in known(SPLIT) if values[name] <= set(PART_NAMES)), "")
-    others = [name for name in header if name not in (image, group, split, *known(OTHER))]
+    parts = [name for name in known(("split", "part")) if values[name] <= set(PART_NAMES)]
+    others = [name for name in header if name not in (image, group, *parts, *known(OTHER))]
     binary = [name for name in others if values[name] & YES
               and values[name] <= YES | NO | UNCLEAR]
     labels = args.label_column or [name for name in known(LABEL) if name in others][:1]
     labels = labels or (others if len(others) == 1 else binary if len(binary) > 1 else ["label"])
-    asked = [image or "image", *labels, group]
-    if missing := [name for name in asked if name and name not in header]:
-        raise DataError(f"{file} needs a column {missing[0]!r}, and its first line says "
-                        f"{', '.join(header)}; choose with --image-column and --label-column")
-    return image, labels, group, split
+    for name in (image or "image", *labels, group):
+        if name and name not in header:
+            raise DataError(f"{file} needs a column {name!r}, and its first line says "
+                            f"{', '.join(header)}; choose with --image-column and --label-column")
+    return image, labels, group, next(iter(parts), "")
 
 
 def read_any_table(file: Path, args: argparse.Namespace) -> tuple[list[Row], list[str]]:
-    """Rows from a table of another form than labels.csv's; classes, if each has a 0/1 column.
-    Raises `DataError`, naming the line."""
+    """Rows, and classes if each has a 0/1 column. Raises `DataError`, naming the line."""
     header, numbered = read_table(file)
     lines = [{name: _cell(cell) for name, cell in line.items()} for _, line in numbered]
     image, labels, group, split = choose_columns(file, header, lines, args)
@@ -146,10 +143,8 @@ def add_lesions(rows: list[Row], facts: Path) -> list[Row]:
 def read_dermofit(folder: Path) -> list[Row]:
     """CLASS/LESION/NAME.png without NAMEmask.png; the lesion is the group. No masks: no rows."""
     stems = {row.path: row.path.rsplit(".", 1)[0].lower() for row in find_images(folder).rows}
-    masks, rows = {stem for stem in stems.values() if stem.endswith("mask")}, []
-    if not any(f"{stem}mask" in masks for stem in stems.values()):
-        return []
-    for path, stem in stems.items():
+    masks, rows = {f"{stem}mask" for stem in stems.values()} & set(stems.values()), []
+    for path, stem in stems.items() if masks else ():
         *above, _ = path.split("/")
         if len(above) < 2:
             raise DataError(f"{folder / path} is not in a folder CLASS/LESION, as Dermofit's are")
@@ -191,17 +186,16 @@ def write_labels(file: Path, rows: list[Row], classes: list[str]) -> None:
     for row in rows:
         labels = [int(name in row.labels) for name in classes] or ["|".join(row.labels)]
         table.append([row.path, *labels, *(getattr(row, name) or row.path for name in columns)])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table)
-    write_text(file, text.getvalue())
+    with open(file, "w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle, lineterminator="\n").writerows(table)
 
 
 def find_source(folder: Path, table: Path | None) -> Path | None:
     """The one file that tells the labels, a table or an .npz; None if the folders do."""
     if table or folder.is_file():
         return table or folder
-    found = [path for path in sorted(folder.rglob("*")) if path != folder / "labels.csv"
-             and path.suffix.lower() in (".csv", ".npz") and path.parent.name[:1] != "."]
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".csv", ".npz")
+             and path != folder / "labels.csv" and "/." not in f"/{path.relative_to(folder)}"]
     found = [path for path in found if path.name == ISIC] or found
     if len(found) > 1:
         raise DataError(f"{found[0]} and {found[1]} may both tell the labels; choose with --table")
@@ -215,8 +209,7 @@ def run_prepare(args: argparse.Namespace) -> None:
     out = args.out or (source.with_suffix("") if packed else args.data)
     file = out / "labels.csv"
     if file.exists() and (source == file or not args.overwrite):
-        raise DataError(f"{file} is there already: give it another name"
-                        + ", or add --overwrite" * (source != file))
+        raise DataError(f"{file} is there already: give it another name, or add --overwrite")
     if packed:
         rows, classes = unpack_medmnist(source, out)
     elif source:
@@ -225,7 +218,7 @@ def run_prepare(args: argparse.Namespace) -> None:
             rows = add_lesions(rows, source.with_name(ISIC_FACTS))
     else:
         rows, classes = read_dermofit(args.data), []
-    if not packed and out.resolve() != folder:
+    if rows and not packed and out.resolve() != folder:
         out.mkdir(parents=True, exist_ok=True)
         if (out / folder.name).resolve() != folder:
             (out / folder.name).symlink_to(folder, target_is_directory=True)
@@ -233,7 +226,8 @@ def run_prepare(args: argparse.Namespace) -> None:
     if rows:
         write_labels(file, rows, classes)
     print(f"wrote {file}" if rows else "folders tell the labels: nothing to do")
-    print("so it is read:", *describe(split_images(read_images(out))), sep="\n")
+    images = read_images(out if rows else args.data)
+    print("so it is read:", *describe(split_images(images)), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -242,8 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", type=Path, required=True, help="folder of the data set, or a MedMNIST file .npz")
     add("--table", type=Path, help="the CSV with the labels, where there are several")
     add("--image-column", metavar="NAME", help="column of the table (default: by its name)")
-    add("--label-column", metavar="NAME", action="append",
-        help="given several times: 0/1 columns, one for each class (default: by their names)")
+    add("--label-column", metavar="NAME", action="append", help="several: 0/1 columns of classes")
     add("--group-column", metavar="NAME", help="such as the patient (default: by its name)")
     add("--separator", default="|", help="between several labels in a cell (default: %(default)s)")
     add("--skip-missing", action="store_true", help="leave out lines without image or clear label")
