@@ -1,368 +1,405 @@
-"""runtime.py and wrong input: one sentence, exit code 2, nothing half-written; start weights; checkpoints."""
+"""runtime.py: one clear exit, start weights of every make, and the folder that a run leaves."""
 
 import json
 import os
+import pickle
+import resource
+import signal
+import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable
 
-import huggingface_hub
 import pytest
 import timm
 import torch
-from PIL import Image
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
+from torch import nn
+from torch.utils.data import DataLoader
 
-import cass
 import runtime
-from helpers import class_folders, labels_csv, put, sentence
-from runtime import Run, UserError, build_model, clear_exit, pick_device, pick_precision, pick_workers
+from data import DataError
+from helpers import sentence
+from runtime import (Run, UserError, build_model, clear_exit, load_network, network_files,
+                     pick_device, pick_precision, pick_workers, read_network)
 
-TINY = ("--init random --cnn test_resnet --transformer test_vit --image-size 32 --batch-size 4 --workers 0 "
-        "--epochs 1").split()
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return class_folders(tmp_path / "images", cat=10, dog=10)
+# %% the way out
 
 
-def command(images: Path, out: Path, *more: str) -> None:
-    cass.main(["--data", str(images), "--out", str(out), *TINY, *more])
+def exits(call: Callable[[], object], resumable: bool = False) -> None:
+    with clear_exit(DataError, resumable=resumable):
+        call()
 
 
-# %% wrong input
+def fail(error: Exception) -> None:
+    raise error
 
 
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:300])
+WORKER = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\n"
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--data", "nowhere"], ["nowhere is not a folder"]),
-    (["--batch-size", "15"], ["14 training images", "a batch of 15", "--batch-size"]),
-    (["--cnn", "resnet51"], ["resnet51", "nearest", "resnet50"]),
-    (["--transformer", "vit_tiny_patch16_224.nope"], ["vit_tiny_patch16_224.nope", "nearest", "vit_tiny_patch16_224"]),
-    (["--transformer", "vit_tiny_patch16_224.augreg_in21k"],
-     ["same number of outputs", "test_resnet has 1000", "augreg_in21k has 21843"]),
-    (["--image-size", "40"], ["--image-size 40", "no multiple", "test_vit", "16", "32 is"]),
-    (["--image-size", "8"], ["--image-size 8", "no multiple", "16 is"]),
-    (["--transformer", "test_coatnet", "--image-size", "48"], ["test_coatnet", "--image-size 48"]),
-    (["--init", "nowhere"], ["--init nowhere is no folder", "imagenet", "random"]),
-    (["--device", "gpu"], ["--device gpu", "--device cpu"]),
-    (["--device", "cuda:99"], ["--device cuda:99", "--device cpu"]),
-    (["--workers", "-1"], ["--workers -1"]),
-    (["--split", "group"], ["no groups", "--split image"]),
-    (["--split", "patients"], ["--split", "patients", "group"]),
-    (["--ratios", "0.7,0.1"], ["--ratios", "0.7,0.1"]),
-    (["--ratios", "0.9,0.9,-0.8"], ["--ratios", "sum to 1"]),
-    (["--lr", "0"], ["--lr", "0"]),
-    (["--lr", "nan"], ["--lr", "nan"]),
-    (["--lr", "fast"], ["--lr", "fast"]),
-    (["--epochs", "0"], ["--epochs", "0"]),
-    (["--epochs", "1.5"], ["--epochs", "1.5"]),
-    (["--image-size", "-32"], ["--image-size", "-32"]),
-    (["--swa-start", "2"], ["--swa-start", "2"]),
-    (["--augment", "mixup"], ["--augment", "mixup", "solarize"]),
-    (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
-    (["--learning-rate", "1"], ["--learning-rate"]),
-    (["--epoch", "1"], ["--epoch"]),  # no abbreviations: an old one may mean something else later
-])
-def test_wrong_option(more: list[str], words: list[str], images: Path, tmp_path: Path,
-                      capsys: pytest.CaptureFixture) -> None:
-    said = sentence(capsys, lambda: command(images, tmp_path / "out", *more))
-    assert all(word in said for word in words), said
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("call, words", [
+    (lambda: fail(UserError("mend it")), "mend it"), (lambda: fail(DataError("mend")), "mend"),
+    (lambda: fail(DataError(f"{WORKER}images.DataError: a: b.png\n")), "error: a: b.png"),
+    (lambda: open("nowhere.png"), "[Errno 2] No such file or directory: 'nowhere.png'"),
+    (lambda: fail(torch.OutOfMemoryError("CUDA out of memory.")), "--batch-size or --image-size"),
+    (lambda: torch.empty(10 ** 15), "--batch-size or --image-size"),
+    (lambda: next(iter(DataLoader([0], num_workers=1, collate_fn=lambda _: os.kill(
+        os.getpid(), signal.SIGKILL)))), "fewer --workers")])
+def test_what_a_user_can_mend_is_one_sentence(call: Callable, words: str, capsys) -> None:
+    assert sentence(capsys, lambda: exits(call)).endswith(f"{words}\n")
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda f: put(f, "notes/0.txt.png").joinpath("notes/0.txt.png").rename(f / "notes/0.txt"), ["holds no images"]),
-    (lambda f: labels_csv(f, "image,label\n0.png,cat\n9.png,cat\n", "0.png"), ["line 3", "9.png", "not in"]),
-    (lambda f: labels_csv(f, "image,label,site\n0.png,cat,x\n", "0.png"), ["unknown column 'site'"]),
-    (lambda f: labels_csv(f, "image,label\n0.png,cat\n0.png,dog\n", "0.png"), ["lines 2 and 3", "0.png"]),
-])
-def test_wrong_data_set(make: Callable[[Path], object], words: list[str], tmp_path: Path,
-                        capsys: pytest.CaptureFixture) -> None:
-    make(tmp_path / "set")
-    said = sentence(capsys, lambda: command(tmp_path / "set", tmp_path / "out"))
-    assert all(word in said for word in [str(tmp_path / "set"), *words]), said
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("error", [KeyError("a bug"), ValueError("a bug"), RuntimeError("a bug")])
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error), match="a bug"), ThreadPoolExecutor() as pool:
+        pool.submit(exits, lambda: fail(error)).result()  # a thread, where no signal can be caught
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("spoil", [cut, lambda f: f.write_bytes(b""), lambda f: f.write_text("hello")],
-                         ids=["truncated", "empty", "text"])
-def test_damaged_image_is_named_or_left_out(spoil: Callable[[Path], object], workers: str, images: Path, tmp_path: Path,
-                                            capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / "out"
-    for file in images.glob("cat/*.png"):
-        spoil(file)
-    said = sentence(capsys, lambda: command(images, out, "--workers", workers))
-    assert str(images / "cat") in said and ".png can't be read as an image" in said and "--skip-bad" in said
-    assert not [file.name for file in (out.iterdir() if out.exists() else ()) if file.suffix in (".pt", ".tmp")]
-    command(images, out, "--workers", workers, "--skip-bad")  # the folder of the run that failed can be used
-    assert "cat" not in (out / "split.csv").read_text() and (out / "cnn.pt").exists()
-    assert "left out 10 images" in capsys.readouterr().out
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("resumable", [True, False])
+def test_stopped_run_says_how_to_go_on(resumable: bool, how: int, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["/x/cass.py", "--data", "my images", "--resume"])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        exits(lambda: (os.kill(os.getpid(), how), time.sleep(9)), resumable)
+    signal.signal(signal.SIGTERM, before)
+    said = "; go on with\n  python cass.py --data 'my images' --resume" * resumable
+    assert stopped.value.code == 130 and capsys.readouterr().err == f"\nstopped{said}\n"
 
 
-def test_folder_that_cant_be_written(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        said = sentence(capsys, lambda: command(images, out))
-        assert f"--out {out} can't be written" in said
-    assert (tmp_path / "file").read_text() == "mine" and {f.name for f in tmp_path.iterdir()} == {"file", "images"}
-
-
-def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
-    images = labels_csv(tmp_path, "image,label\n" + "".join(f"{i}.png,cat\n" for i in range(20)),
-                        *(f"{i}.png" for i in range(20)))
-    for name in ("mine.pt", "notes.csv", "other.jsonl"):
-        (tmp_path / name).write_text("mine")
-    command(images, tmp_path)
-    assert all((tmp_path / name).read_text() == "mine" for name in ("mine.pt", "notes.csv", "other.jsonl"))
-    command(images, tmp_path, "--overwrite")
-    assert all((tmp_path / name).read_text() == "mine" for name in ("notes.csv", "other.jsonl"))
-    assert (tmp_path / "labels.csv").read_text().startswith("image,label\n0.png,cat\n")
-
-
-@pytest.mark.parametrize("error", [UserError("mend it"), ValueError("mend it"), RuntimeError(
-    'Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "x.py"\n'
-    "data.DataError: mend it\n")])
-def test_errors_become_one_sentence(error: Exception, capsys: pytest.CaptureFixture) -> None:
-    def fail() -> None:
-        with clear_exit(ValueError, RuntimeError):
-            raise error
-    assert sentence(capsys, fail) == "error: mend it\n"
-
-
-def test_other_errors_keep_their_traceback() -> None:
-    with pytest.raises(KeyError), clear_exit(ValueError):
-        raise KeyError("a bug")
-
-
-# %% device, precision, workers
-
-
-def test_automatic_choices_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device("auto") == cpu and pick_precision("auto", cpu) == torch.float32
-    assert pick_workers(None, cpu) == 1 and pick_workers(0, cpu) == 0 and pick_workers(5, cpu) == 5
+@pytest.mark.parametrize("native, on_gpu, on_cpu", [(True, torch.bfloat16, torch.bfloat16),
+                                                    (False, torch.float16, torch.float32)])
+def test_automatic_choices(native: bool, on_gpu: torch.dtype, on_cpu: torch.dtype,
+                           monkeypatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for place, name, answer in (
+            (torch.cuda, "is_available", False), (torch.backends.mps, "is_available", False),
+            (torch.cpu, "_is_avx512_bf16_supported", native), (os, "cpu_count", 4),
+            (torch.cpu, "_is_amx_tile_supported", native)):
+        monkeypatch.setattr(place, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or native)
+    assert pick_device("auto") == cpu
+    assert [pick_workers(n, cpu) for n in (None, 0, 5)] == [1, 0, 5]
+    assert [pick_workers(n, gpu) for n in (None, 0, 9)] == [3, 0, 9]
+    assert pick_precision("auto", gpu) == on_gpu and pick_precision("auto", cpu) == on_cpu
     assert [pick_precision(name, cpu) for name in ("fp32", "bf16", "fp16")] == [
         torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float16)])
-def test_automatic_precision_on_a_gpu_counts_no_emulation(native: bool, dtype: torch.dtype,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
-    assert pick_precision("auto", torch.device("cuda")) == dtype
+# %% start weights
+
+torch.manual_seed(42)
+CNN, VIT = ({key: torch.randn_like(x) if x.is_floating_point() else x + 7  # as no model starts
+             for key, x in timm.create_model(name).state_dict().items()}
+            for name in ("test_resnet", "test_vit"))
+HEAD = {"fc.weight", "fc.bias", "head.weight", "head.bias"}
 
 
-# %% models and start weights
+def equal(ours: dict, theirs: dict, but: set = frozenset()) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[key], theirs[key]) for key in ours.keys() - but)
 
 
-def same_weights(model: torch.nn.Module, state: dict) -> bool:
-    ours = model.state_dict()
-    return ours.keys() == state.keys() and all(torch.equal(ours[k], state[k]) for k in ours)
+def start(folder: Path, state: object, outputs: int | None = 5, name: str = "test_resnet",
+          size: int = 32) -> nn.Module:
+    torch.save(state, folder / f"{name}.pt")
+    return build_model(name, str(folder), size, outputs=outputs)
 
 
-def test_model_follows_its_seed_and_leaves_it_in_training_mode() -> None:
-    one, again, other = (build_model("test_vit", "random", 32, seed=s) for s in (1, 1, 2))
-    assert same_weights(one, again.state_dict()) and not torch.equal(one.head.weight, other.head.weight)
-    assert one.training and one(torch.zeros(2, 3, 32, 32)).shape == (2, 1000)
-    assert build_model("test_resnet", "random", 40, outputs=3)(torch.zeros(2, 3, 40, 40)).shape == (2, 3)
+def prefixed(*prefixes: str) -> dict:
+    return {prefix + key: x + i for i, prefix in enumerate(prefixes) for key, x in CNN.items()}
 
 
-@pytest.mark.parametrize("name, size", [("mixer_s32_224", 104), ("test_vit", 72)])
-def test_patches_that_leave_pixels_over_are_refused(name: str, size: int) -> None:
-    with pytest.raises(UserError, match=f"--image-size {size} is no multiple of {name}'s patch"):
-        build_model(name, "random", size)
+def without(*names: str) -> dict:
+    return {key: x for key, x in CNN.items() if key not in names}
 
 
-def test_overlapping_patches_take_any_size() -> None:
-    assert build_model("pvt_v2_b0", "random", 96)(torch.zeros(2, 3, 96, 96)).shape == (2, 1000)
+def test_random_weights_follow_the_seed() -> None:
+    one, same, other = (build_model("test_vit", "random", 32, seed=s) for s in (1, 1, 2))
+    assert equal(one.state_dict(), same.state_dict()) and one.training
+    assert not torch.equal(one.head.weight, other.head.weight)
+    cnn = build_model("test_resnet", "random", 40, outputs=3)
+    assert cnn(torch.zeros(2, 3, 40, 40)).shape == (2, 3) and "random weights" in cnn.origin
 
 
-@pytest.fixture(scope="module")
-def pretrained() -> dict[str, dict]:
-    """Made-up ImageNet weights, for images of timm's own size."""
-    torch.manual_seed(42)
-    return {name: {k: torch.randn_like(v) if v.is_floating_point() else v
-                   for k, v in timm.create_model(name).state_dict().items()} for name in ("test_resnet", "test_vit")}
+@pytest.mark.parametrize("state", [
+    *[prefixed(f"{prefix}.") for prefix in ("backbone", "encoder_q", "encoder", "model", "module",
+                                            "_orig_mod", "_orig_mod.module", "module.backbone")],
+    *[{wrapper: CNN, "epoch": 3} for wrapper in ("state_dict", "model", "teacher", "student")],
+    {"student": prefixed("", ""), "teacher": prefixed("backbone.")},
+    {"state_dict": prefixed("module.encoder_q.", "module.encoder_k.") | {"queue": torch.ones(9)}},
+    prefixed("backbone.") | {"head.mlp.0.weight": torch.ones(2, 2)}, without(*HEAD),
+    CNN | {"fc.weight": torch.ones(7, CNN["fc.weight"].shape[1]), "fc.bias": torch.ones(7)}])
+def test_weights_as_people_have_them(state: dict, tmp_path: Path) -> None:
+    network = start(tmp_path, state)
+    assert equal(network.state_dict(), CNN, HEAD) and network.fc.weight.shape[0] == 5
+    assert network.origin == (f"90 of 92 tensors from {tmp_path / 'test_resnet.pt'}; "
+                              "the classifier is new")
 
 
-@pytest.mark.parametrize("file", ["test_resnet.safetensors", "test_resnet.pt", "test_resnet.pth",
-                                  "test_resnet.r160_in1k.safetensors", "test_resnet/model.safetensors"])
-def test_start_from_a_folder_of_weights(file: str, tmp_path: Path, pretrained: dict) -> None:
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    save = save_file if file.endswith(".safetensors") else torch.save
-    save(pretrained["test_resnet"], tmp_path / file)
-    name = "test_resnet.r160_in1k" if "r160" in file else "test_resnet"
-    assert same_weights(build_model(name, str(tmp_path), 48), pretrained["test_resnet"])
+@pytest.mark.parametrize("outputs", [None, 5, 0])
+@pytest.mark.parametrize("state, words", [
+    (VIT, "conv1.0.weight"), ({}, "no tensors"), ([1], "no tensors"), ({"epoch": 3}, "no tensors"),
+    (dict(list(CNN.items())[:46]), "layer2.0.downsample.2.running_var"),
+    (dict(list(prefixed("encoder.").items())[:46]), "layer2.0.downsample.2.running_var"),
+    (without("layer2.0.conv1.weight"), "layer2.0.conv1.weight"),
+    (without("conv1.0.weight"), "conv1.0.weight"),
+    ({key: CNN[key] for key in ("fc.weight", "fc.bias")}, "conv1.0.weight"),
+    (CNN | {"layer2.0.conv1.weight": torch.ones(3, 3)}, "layer2.0.conv1.weight"),
+    (CNN | {"layer9.weight": torch.ones(3)}, "layer9.weight")])
+def test_weights_that_fit_nowhere_are_refused(state: object, words: str, outputs: int | None,
+                                              tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        start(tmp_path, state, outputs)
+    assert str(tmp_path / "test_resnet.pt") in str(refused.value)
 
 
-def test_start_from_a_folder_without_the_weights(images: Path, tmp_path: Path, pretrained: dict,
-                                                 capsys: pytest.CaptureFixture) -> None:
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    save_file(pretrained["test_resnet"], folder / "test_resnet.safetensors")
-    said = sentence(capsys, lambda: command(images, tmp_path / "out", "--init", str(folder)))
-    assert f"--init {folder}" in said and "test_vit.safetensors" in said
-    (folder / "test_vit.pt").write_bytes(b"no weights")
-    said = sentence(capsys, lambda: command(images, tmp_path / "out", "--init", str(folder)))
-    assert "test_vit" in said and str(folder / "test_vit.pt") in said
-    (folder / "test_vit.pt").unlink()
-    save_file(pretrained["test_resnet"], folder / "test_vit.safetensors")  # of another model
-    said = sentence(capsys, lambda: command(images, tmp_path / "out", "--init", str(folder)))
-    assert "test_vit" in said and str(folder / "test_vit.safetensors") in said
-    assert not (tmp_path / "out").exists()
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.folder,)
 
 
-def no_network(*args: object, **options: object) -> None:
-    raise AssertionError("the network is asked though the weights are here")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 98\n"
 
 
-def test_imagenet_weights_from_the_hub_cache(tmp_path: Path, pretrained: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def cached(repo: str, file: str) -> str:
-        asked.append((repo, file))
-        save_file(pretrained[repo.split("/")[1].split(".")[0]], tmp_path / file)
-        return str(tmp_path / file)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    assert same_weights(build_model("test_resnet", "imagenet", 48), pretrained["test_resnet"])
-    vit = build_model("test_vit.r160_in1k", "imagenet", 64)  # 4 x 4 patches, the weights have 10 x 10
-    assert asked == [("timm/test_resnet.r160_in1k", "model.safetensors"), ("timm/test_vit.r160_in1k", "model.safetensors")]
-    wanted = pretrained["test_vit"] | {"pos_embed": resample_abs_pos_embed(
-        pretrained["test_vit"]["pos_embed"], (4, 4), num_prefix_tokens=vit.num_prefix_tokens)}
-    assert vit.pos_embed.shape[1] == 16 + vit.num_prefix_tokens and same_weights(vit, wanted)
+@pytest.mark.parametrize("read", [lambda file: build_model("test_resnet", str(file.parent), 32),
+                                  lambda file: load_network(file, 32)], ids=["init", "weights"])
+@pytest.mark.parametrize("name", ["test_resnet.pt", "test_resnet.safetensors"])
+def test_files_that_are_no_weights(read: Callable, name: str, tmp_path: Path) -> None:
+    file, made = tmp_path / name, tmp_path / "made"
+    torch.save({"state_dict": CNN, "arch": "test_resnet", "hook": Code(made)}, file)
+    zipped = file.read_bytes()
+    for body in (zipped, pickle.dumps(Code(made), 2), POINTER, zipped[:9000], b"", b"hello"):
+        file.write_bytes(body)
+        with pytest.raises(UserError) as refused:
+            read(file)
+        assert str(file) in str(refused.value) and "\n" not in str(refused.value)
+        assert not made.exists()
 
 
-@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"),
-                                   ConnectionResetError("reset")])
-def test_imagenet_weights_that_cant_be_had(error: Exception, images: Path, tmp_path: Path,
-                                           monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    limits = []
+@pytest.mark.parametrize("name", ["test_resnet.safetensors", "test_resnet.pt", "test_resnet.pth",
+                                  "test_resnet.bin", "test_resnet.r160_in1k.safetensors"])
+def test_names_with_and_without_a_tag(name: str, tmp_path: Path) -> None:
+    (save_file if name.endswith(".safetensors") else torch.save)(CNN, tmp_path / name)
+    network = build_model("test_resnet.r160_in1k", str(tmp_path), 48)
+    assert equal(network.state_dict(), CNN) and "92 of 92" in network.origin
+    for wrong, words in (("test_vit", "put test_vit.safetensors there"),
+                         ("resnet51", "nearest names are .*resnet50"),
+                         ("test_vit.r160", "no model 'test_vit.r160'; .* test_vit.r160_in1k")):
+        with pytest.raises(UserError, match=words):
+            build_model(wrong, str(tmp_path), 48)
 
-    def unreachable(request: urllib.request.Request, timeout: float) -> None:
+
+def test_position_embeddings_are_fitted_as_timm_does(tmp_path: Path) -> None:
+    network = start(tmp_path, {f"encoder.{key}": x for key, x in VIT.items()}, None, "test_vit")
+    wanted = resample_abs_pos_embed(VIT["pos_embed"], (2, 2))  # the weights have 10 x 10 patches
+    assert equal(network.state_dict(), VIT | {"pos_embed": wanted}) and network.fixed_size
+
+
+def test_models_without_outputs(tmp_path: Path) -> None:
+    """As DINOv2 in timm; or weights without a classifier for a model that has one; or on demand."""
+    for network, size in ((build_model("eva02_tiny_patch14_224", "random", 28), 28),
+                          (start(tmp_path, without(*HEAD), None), 32),
+                          (start(tmp_path, CNN, 0), 32)):
+        features = network.eval()(torch.zeros(1, 3, size, size))
+        assert network.num_classes == 0 and features.shape == (1, network.num_features)
+
+
+def test_models_with_two_classifiers(tmp_path: Path) -> None:
+    name = "deit_tiny_distilled_patch16_224"
+    state = timm.create_model(name).state_dict()
+    network = start(tmp_path, state, 4, name, 224)
+    assert network.head.out_features == network.head_dist.out_features == 4
+    heads = HEAD | {"head_dist.weight", "head_dist.bias"}
+    assert equal(network.state_dict(), state, heads) and "151 of 155 tensors" in network.origin
+
+
+def test_silent_hub(tmp_path: Path, monkeypatch) -> None:
+    limits, hub = [], tmp_path / "models--timm--test_resnet.r160_in1k"
+
+    def silent(address: str, timeout: float) -> None:
         limits.append(timeout)
-        raise error
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: None)
-    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    monkeypatch.setattr(timm, "create_model", no_network)
+        raise urllib.error.URLError("no route to host")
+    monkeypatch.setattr(urllib.request, "urlopen", silent)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     begun = time.perf_counter()
-    said = sentence(capsys, lambda: command(images, tmp_path / "out", "--init", "imagenet"))
-    assert all(word in said for word in ("test_resnet", "--init random", "--init FOLDER"))
-    assert sum(limits) <= 12 and len(limits) == 1 and time.perf_counter() - begun < 15
-    assert not (tmp_path / "out").exists()
+    for name, words in (("test_resnet", "test_resnet are not on this machine .*--init FOLDER"),
+                        ("test_mambaout", "test_mambaout.*No pretrained weights exist")):
+        with pytest.raises(UserError, match=words):
+            build_model(name, "imagenet", 32)
+    assert len(limits) <= 2 and sum(limits) <= 10 and time.perf_counter() - begun < 15
+    for folder in (hub / "refs", hub / "snapshots" / ("a" * 40)):  # as an earlier download left it
+        folder.mkdir(parents=True, exist_ok=True)
+    (hub / "refs" / "main").write_text("a" * 40)
+    save_file(CNN, folder / "model.safetensors")
+    network = build_model("test_resnet", "imagenet", 48, outputs=3)
+    assert equal(network.state_dict(), CNN, HEAD) and "90 of 92 tensors from" in network.origin
 
 
-def test_models_without_imagenet_weights(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                         capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    said = sentence(capsys, lambda: command(images, tmp_path / "out", "--init", "imagenet", "--cnn", "resnet200"))
-    assert "no ImageNet weights for resnet200" in said and "--init random" in said
+# %% the folder of a run
 
 
-# %% checkpoints
+def parts(seed: int) -> list:
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 1))
+    return [network, torch.optim.Adam(network.parameters()),
+            torch.optim.swa_utils.AveragedModel(network), torch.amp.GradScaler("cpu")]
 
 
-def begun_run(folder: Path, **options: object) -> tuple[Run, dict | None]:
-    run = Run(folder, {"resume": False, "overwrite": False, "lr": 0.1} | options)
-    return run, run.begin(classes=[])
+def train(some: list, epochs: int) -> dict:
+    network, optimizer, average, scaler = some
+    for _ in range(epochs):  # data and dropout come from the random stream
+        optimizer.zero_grad()
+        scaler.scale(network(torch.randn(8, 6)).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        average.update_parameters(network)
+    return {**network.state_dict(), **average.state_dict()}
 
 
-def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run, state = begun_run(tmp_path)
-    assert state is None
-    for epoch in (1, 2, 3):
-        run.log({"epoch": epoch})
-        run.save({"epoch": epoch, "weights": torch.full((3,), float(epoch))}, force=True)
+def begun(folder: Path, **options: object) -> Run:
+    run = Run(folder, {"resume": False, "epochs": 9, "lr": 0.1, "workers": 0} | options)
+    run.begin(classes=["cat"])
+    return run
+
+
+def saved(folder: Path, *epochs: int) -> Run:
+    run = begun(folder)
+    for epoch in epochs:
+        run.log({"epoch": epoch, "loss": 1 / epoch})
+        run.cost = 0  # of the last time, so that this time too it is saved
+        run.save(parts(0), [0.5] * epoch)
+    return run
+
+
+def test_restored_is_as_never_stopped_to_the_bit(tmp_path: Path) -> None:
+    whole, some, run = train(parts(0), 5), parts(0), begun(tmp_path)
+    train(some, 2)
+    run.save(some, [0.5, 1 / 3])
+    other = parts(7)
+    assert begun(tmp_path, resume=True).restore(other) == [0.5, 1 / 3]
+    assert equal(train(other, 3), whole)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, capsys) -> None:
+    saved(tmp_path, 1, 2, 3)
+    newest, before = tmp_path / "checkpoint.pt", tmp_path / "checkpoint-prev.pt"
+    torch.save({"history": [1.0], "hook": Code(tmp_path / "made")}, newest)
+    run = begun(tmp_path, resume=True)
+    assert len(run.restore(parts(1))) == 2 and not (tmp_path / "made").exists()
+    assert f"{newest} can't be read" in capsys.readouterr().err
     run.log({"epoch": 4})
-    assert begun_run(tmp_path, resume=True)[1]["epoch"] == 3
-    cut(tmp_path / "checkpoint.pt")
-    run, state = begun_run(tmp_path, resume=True)
-    assert state["epoch"] == 2 and state["weights"].tolist() == [2, 2, 2]
-    assert f"{tmp_path / 'checkpoint.pt'} can't be read" in capsys.readouterr().err
-    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
-    (tmp_path / "checkpoint-prev.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint.*can be read.*--overwrite"):
-        begun_run(tmp_path, resume=True)
+    rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert [row["epoch"] for row in rows] == [1, 2, 4]  # a lost epoch's row is lost with it
+    newest.unlink()  # as after a kill between two renames
+    assert len(begun(tmp_path, resume=True).restore(parts(1))) == 2
+    before.write_bytes(b"")
+    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path} can be read"):
+        begun(tmp_path, resume=True).restore(parts(1))
 
 
-def test_kill_between_two_renames_leaves_a_checkpoint(tmp_path: Path) -> None:
-    run, _ = begun_run(tmp_path)
-    for epoch in (1, 2):
-        run.log({"epoch": epoch})
-        run.save({"epoch": epoch}, force=True)
-    os.replace(tmp_path / "checkpoint.pt", tmp_path / "checkpoint-prev.pt")
-    assert begun_run(tmp_path, resume=True)[1]["epoch"] == 2
+@pytest.mark.parametrize("write", [
+    lambda run: run.save([build_model("test_vit", "random", 32)], [1.0]),
+    lambda run: run.log({"epoch": 2, "loss": "x" * 9000}), lambda run: run.begin(fact="x" * 9000),
+    lambda run: run.save_network("cnn.pt", build_model("test_vit", "random", 32), "test_vit")])
+def test_full_disk_leaves_what_was_there(write: Callable, tmp_path: Path, capsys) -> None:
+    run = saved(tmp_path, 1)
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    run.cost, limits = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))  # bytes a file can have
+    try:
+        said = sentence(capsys, lambda: exits(lambda: write(run)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "can't be written" in said or "too large" in said
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
-def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = begun_run(tmp_path)
-    run.log({"epoch": 1})
-    run.save({"epoch": 1}, force=True)
-
-    def killed(value: dict, file: object) -> None:
-        file.write(b"half a")
-        raise KeyboardInterrupt
-    monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run.save({"epoch": 2}, force=True)
-    monkeypatch.undo()
-    assert begun_run(tmp_path, resume=True)[1]["epoch"] == 1
-
-
-def test_checkpoints_hold_no_code(tmp_path: Path) -> None:
-    run, _ = begun_run(tmp_path)
-    run.save({"epoch": 1, "path": tmp_path}, force=True)
-    with pytest.raises(UserError, match="can be read"):
-        begun_run(tmp_path, resume=True)
-
-
-def test_saving_takes_at_most_five_percent_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = begun_run(tmp_path)
-    clock = [run.saved_at]
+def test_saving_takes_at_most_five_percent_of_the_time(tmp_path: Path, monkeypatch) -> None:
+    clock, save = [0.0], torch.save
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(runtime, "save_tensors", lambda value, path: (
-        clock.__setitem__(0, clock[0] + 1), torch.save(value, path)))  # each save takes a second
-
-    def saves(epoch: int, seconds: float, force: bool = False) -> bool:
-        clock[0] += seconds
-        run.save({"epoch": epoch}, force=force)
-        return torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == epoch
-    assert saves(1, 0.1)  # the first one, whose cost is not known yet
-    assert not saves(2, 15) and saves(3, 6)  # 21 seconds since the last
-    assert not saves(4, 19) and saves(4, 0, force=True)
+    monkeypatch.setattr(torch, "save", lambda *args: (clock.append(clock.pop() + 1), save(*args)))
+    run, kept = begun(tmp_path), []
+    for epoch, seconds in enumerate((0.1, 15, 4, 2, 19, 19, 0, 0, 0), 1):
+        clock[0] += seconds  # and a second whenever it is saved
+        run.save([], [1.0] * epoch)
+        kept.append(len(torch.load(tmp_path / "checkpoint.pt")["history"]))
+    assert kept == [1, 1, 1, 4, 4, 6, 6, 6, 9]  # the first, of unknown cost, and the last of 9 too
 
 
-def test_row_is_written_before_it_is_shown(tmp_path: Path) -> None:
-    seen = []
-    run = Run(tmp_path, {"resume": False, "overwrite": False}, lambda row: seen.append(
-        (row, (tmp_path / "log.jsonl").read_text())))
+def test_options_are_compared_and_finished_runs_train_on(tmp_path: Path, capsys) -> None:
+    run, options = saved(tmp_path, 1, 2), {"resume": True, "epochs": 9, "lr": 0.1}
+    for wrong, words in (({"resume": False}, "an unfinished run: --resume it"),
+                         ({"lr": 0.2}, "--lr 0.1, not 0.2"), ({"epochs": 8}, "--epochs 9, not 8")):
+        with pytest.raises(UserError, match=words):
+            Run(tmp_path, options | wrong)
+    assert Run(tmp_path, options | {"workers": 3, "device": "cuda", "data": "b"}).resuming
+    run.finish(chosen="cnn")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [config[key] for key in ("finished", "classes", "chosen")] == [True, ["cat"], "cnn"]
+    assert config["options"]["lr"] == 0.1 and config["versions"]["torch"] == torch.__version__
+    assert [file.name for file in tmp_path.glob("*.pt")] == ["checkpoint.pt"]
+    same, more = Run(tmp_path, options), Run(tmp_path, options | {"epochs": 12})
+    assert same.finished and not more.finished and len(more.restore(parts(1))) == 2
+    with pytest.raises(UserError, match="a finished run; choose another --out"):
+        Run(tmp_path, options | {"resume": False})
+    capsys.readouterr()
+    assert Run(tmp_path / "new", options).restore(parts(0)) == []
+    assert "holds no checkpoint: starting at the beginning" in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()
+
+
+def test_table_and_log(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(runtime.time, "perf_counter", iter([0, 1, 3.25, 8.25]).__next__)
+    run = Run(tmp_path, {"resume": False, "epochs": 2}, ("epoch", "loss", "arm_rank", "kl"))
     run.begin()
-    run.log({"epoch": 0, "loss": 0.1})
-    run.log({"epoch": 1, "loss": 1 / 3})
-    assert seen[1] == ({"epoch": 1, "loss": 1 / 3}, '{"epoch": 0, "loss": 0.1}\n' + json.dumps({"epoch": 1, "loss": 1 / 3}) + "\n")
+    run.log({"epoch": 0, "loss": None, "arm_rank": 4})
+    run.log({"epoch": 1, "loss": 1 / 3, "arm_rank": 12.5, "kl": 1e-9})
+    assert capsys.readouterr().out.splitlines() == [
+        "                         arm                     ",
+        " epoch      loss        rank          kl  seconds",
+        "     0         -           4           -    2.250",
+        "     1    0.3333       12.50   1.000e-09    5.000"]
+    assert (tmp_path / "log.jsonl").read_text().splitlines()[1:] == [json.dumps(
+        {"epoch": 1, "loss": 1 / 3, "arm_rank": 12.5, "kl": 1e-9, "seconds": 5.0})]
 
 
-def test_nothing_is_written_before_the_run_begins(tmp_path: Path) -> None:
-    Run(tmp_path / "out", {"resume": False, "overwrite": False})
-    Run(tmp_path / "out", {"resume": True, "overwrite": True})
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("name, size", [("test_resnet", 40), ("test_vit", 48)])
+def test_saved_network_is_loaded_by_timm_and_by_us(name: str, size: int, tmp_path: Path) -> None:
+    network, run = build_model(name, "random", size, outputs=3, seed=5), begun(tmp_path)
+    line, state = run.save_network("cnn.pt", network, name), network.state_dict()
+    assert equal(eval(line).state_dict(), state)  # by the line that is printed
+    assert equal(load_network(tmp_path / "cnn.pt", size).state_dict(), state)
+    facts = read_network(tmp_path / "cnn.pt")
+    assert [facts[key] for key in ("arch", "num_classes", "image_size", "classes", "window")] == [
+        name, 3, size, ["cat"], None]
+    first, same, other = (load_network(tmp_path / "cnn.pt", size, 3, seed).state_dict()
+                          for seed in (1, 1, 2))
+    assert equal(first, same) and equal(first, state, HEAD)
+    assert not equal(first, other) and not equal(first, state)  # a new head, though as wide
+    if name == "test_vit":
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], (2, 2))
+    assert equal(load_network(tmp_path / "cnn.pt", 32).state_dict(), state)
 
 
-def test_options_that_may_change_on_resuming(tmp_path: Path) -> None:
-    run, _ = begun_run(tmp_path, workers=0, device="cpu", data="here")
-    run.log({"epoch": 1})
-    run.save({"epoch": 1}, force=True)
-    assert begun_run(tmp_path, resume=True, workers=2, device="auto", data="there")[1]["epoch"] == 1
-    with pytest.raises(UserError, match=r"--lr 0.1, not 0.2"):
-        begun_run(tmp_path, resume=True, lr=0.2)
+def test_files_of_networks(tmp_path: Path) -> None:
+    found = []
+    for name in ("checkpoint", "checkpoint-prev", "resnet18", "transformer", "cnn"):
+        (tmp_path / f"{name}.pt").touch()
+        if "checkpoint" not in name:
+            found.append([file.stem for file in network_files(tmp_path)])
+    assert found == [["resnet18"], ["transformer"], ["cnn", "transformer"]]
+    assert network_files(tmp_path / "resnet18.pt") == [tmp_path / "resnet18.pt"]
