@@ -231,7 +231,7 @@ def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
         return loss(*map(OUTPUTS[args.outputs], logits))
 
     gauges = Gauges(arms)
-    log = watch(run, gauges, look, HINTS[args.loss])
+    log = watch(run, gauges, look, HINTS[args.loss], len(rows))
     if not run.resuming:
         log({"epoch": 0, "loss": None, **gauges(gauges.untrained(forward, loader))})
     torch.manual_seed(args.seed)

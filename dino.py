@@ -318,7 +318,8 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
             features = student(batch[1][0].to(device))[0]
         return output_facts(features, dino_targets(logits, torch.zeros((), device=device)))
 
-    watched = watch(run, gauges, look, "a larger --batch-size, or a lower --lr, may help")
+    watched = watch(run, gauges, look, "a larger --batch-size, or a lower --lr, may help",
+                    len(rows))
 
     def log(row: dict) -> None:
         watched(row)

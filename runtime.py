@@ -484,14 +484,23 @@ class Run:
             path.unlink()
 
 
-def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str) -> Callable:
-    """A `log` for pretraining: it adds what `look` sees to a row, keeps and shows it, and says what
-    its numbers alone do not. `gauges` is a `metrics.Gauges`; `hint` ends its warnings."""
+def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str,
+          images: int) -> Callable:
+    """A `log` for pretraining on so many `images`: it adds what `look` sees to a row, keeps and
+    shows it, and says what its numbers alone do not. `gauges` is a `metrics.Gauges`; `hint` ends
+    its warnings."""
     def log(row: dict) -> None:
         run.log(row | look(row["epoch"], gauges.networks))
-        for sentence in gauges.warnings(row, run.rows[0]) if row["epoch"] else ():
+        if not row["epoch"]:  # 256 images went through; training takes three times as long
+            epochs = run.config["options"]["epochs"]
+            hours = run.rows[0]["seconds"] * 3 * epochs * max(1, images / 256) / 3600
+            tqdm.write(f"{epochs} epochs will take about " + (
+                f"{hours / 24:.0f} days; smaller networks and images take less" if hours > 36 else
+                f"{hours:.0f} hours" if hours > 1.5 else f"{60 * hours:.0f} minutes"))
+            return
+        for sentence in gauges.warnings(row, run.rows[0]):
             tqdm.write(f"warning: {sentence}; {hint}")
-        for name in gauges.networks if row["epoch"] else ():
+        for name in gauges.networks:
             if row[f"{name}_moved"] == 0:
                 raise UserError(f"the weights of {name} have not moved in epoch {row['epoch']}: "
                                 "nothing is being trained; look at --lr")
