@@ -279,6 +279,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_kept(where: int) ->
 # %% runs of the command
 
 CLASSES, ARMS = ["ant", "bee", "cat"], ["cnn", "transformer", "ensemble"]
+HALF = ["--labels", 0.5, "--seeds", 2]
 TINY = "--image-size 32 --init random --batch-size 8 --workers 0 --precision fp32".split()
 
 
@@ -325,8 +326,7 @@ def weights_in(file: Path) -> dict[str, Tensor]:
 def both(images: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Both arms fine-tuned with two seeds on half the labels."""
     out = tmp_path_factory.mktemp("tuned") / "both"
-    return {"out": out, "more": (more := ["--weights", pretrained, "--labels", 0.5, "--seeds", 2]),
-            **run(images, out, *more)}
+    return run(images, out, *HALF, "--weights", pretrained) | {"out": out}
 
 
 def f1_by_hand(truth: list[str], predicted: list[str], classes: list[str]) -> tuple[float, float]:
@@ -408,9 +408,10 @@ def test_guess_is_the_score_of_a_constant_answer(both: dict) -> None:
 
 
 def test_a_finished_run_keeps_the_weights_of_the_best_seed_and_shows_its_scores(
-        both: dict, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        both: dict, images: Path, pretrained: Path, tmp_path: Path, capsys) -> None:
     """Once more, with workers and a cache, for what it prints: equal bits."""
-    again = run(images, tmp_path / "out", *both["more"], "--workers", 1, "--cache", tmp_path / "c")
+    again = run(images, tmp_path / "out", *HALF, "--weights", pretrained, "--workers", 1,
+                "--cache", tmp_path / "cache")
     assert again["seeds"] == both["seeds"]
     for name in ("predictions.csv", "split.csv"):
         assert (tmp_path / "out" / name).read_text() == (both["out"] / name).read_text()
@@ -461,3 +462,241 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 def part(split: ImageSet, name: str) -> list[str]:
     return sorted(row.path for row in split.part(name))
+
+
+def test_no_test_image_is_seen_before_the_end_and_then_once(
+        images: Path, pretrained: Path, tmp_path: Path, calls: list[dict]) -> None:
+    """Each seed has its own labels, and its own head on the pretrained network."""
+    run(images, tmp_path / "out", "--weights", pretrained / "cnn.pt", "--labels", 0.1,
+        "--seeds", 2, "--seed", 3)
+    split = read_split(pretrained / "split.csv", read_images(images))
+    before = weights_in(pretrained / "cnn.pt")
+    for seed, one, after in zip((3, 4), calls, calls[1:]):
+        rows = label_fraction(split, split.part("train"), 0.1, seed)
+        assert sorted(one["train"]) == sorted(row.path for row in rows) and len(rows) == 3
+        assert one["val"] == part(split, "val")
+        assert after["opened"] == part(split, "val") + part(split, "test")
+        head = {name: before.pop(name, None) for name in ("fc.weight", "fc.bias")}
+        assert not moved(before, {k: x for k, x in one["start"].items() if k not in head})
+    assert "fc.weight" in moved(calls[0]["start"], calls[1]["start"])
+
+
+@pytest.mark.parametrize("share, used, steps", [(0.01, 3, 1), (0.29, 9, 1), (1, 32, 4)])
+@pytest.mark.parametrize("kind, schedule, protocol", [("paper", "16", "full"),
+                                                      ("inverse", "run", "linear")])
+def test_options_arrive_and_follow_the_labels_in_use(
+        share, used, steps, kind, schedule, protocol, images, pretrained, tmp_path, calls) -> None:
+    """One image a class at least; a last batch of one joins the one before."""
+    run(images, tmp_path / "out", "--weights", pretrained / "cnn.pt", "--labels", share,
+        "--class-weights", kind, "--schedule", schedule, "--protocol", protocol)
+    one, counts = calls[0], Counter(path.split("/")[0] for path in calls[0]["train"])
+    wanted = class_weights(labels_of(*(counts[name] for name in CLASSES)), kind)
+    assert one["weights"].tolist() == pytest.approx(wanted.tolist())
+    assert (sum(counts.values()), one["steps"]) == (used, steps)
+    assert one["linear"] == (protocol == "linear")
+    assert one["t_max"] == (16 if schedule == "16" else 2 * steps)
+    assert one["patience"] == (5 if schedule == "16" else math.ceil(100 / steps))
+
+
+def test_one_file_on_its_runs_split_and_without_one(images, pretrained, tmp_path, monkeypatch,
+                                                    capsys, calls) -> None:
+    monkeypatch.chdir(tmp_path)
+    for weights, said in ((pretrained / "cnn.pt", False), (tmp_path / "cnn.pt", True)):
+        Path("cnn.pt").write_bytes((pretrained / "cnn.pt").read_bytes())
+        finetune.main(["--data", str(images), "--weights", str(weights), *TINY])
+        assert ("split.csv is not there; make sure" in capsys.readouterr().out) == said
+    out = tmp_path / "runs" / "finetune-cass-insects-cnn-1"
+    assert (out / "split.csv").read_text() == (pretrained / "split.csv").read_text()
+    row = table(out / "predictions.csv")[0]
+    assert list(row) == ["seed", "image", "truth", "class", "arms disagree", "cnn: class",
+                         *(f"cnn: {c}" for c in CLASSES)] and row["arms disagree"] == "no"
+
+
+def test_supervised_baseline(images: Path, tmp_path: Path, monkeypatch, calls) -> None:
+    monkeypatch.chdir(tmp_path)
+    finetune.main(["--data", str(images), "--arch", "test_resnet", "--arch", "test_vit", *TINY])
+    out = tmp_path / "runs" / "finetune-supervised-insects-1"
+    split = read_split(out / "split.csv", read_images(images))
+    assert split.rows == split_images(read_images(images)).rows
+    for arch, one in zip(("test_resnet", "test_vit"), calls):
+        start = runtime.build_model(arch, "random", 32, outputs=3, seed=0)
+        assert not moved(one["start"], state(start)) and (out / f"{arch}.pt").is_file()
+        assert sorted(one["train"]) == part(split, "train")
+
+
+def test_images_new_since_pretraining_move_none_from_test_to_train(tmp_path: Path, calls,
+                                                                   capsys) -> None:
+    folder = class_folders(tmp_path / "set", a=12, b=12)
+    before = split_images(read_images(folder), seed=5)
+    weights = pretrain(tmp_path / "cass", before) / "cnn.pt"
+    class_folders(folder, a=20, b=20)
+    run(folder, tmp_path / "out", "--weights", weights)
+    after = read_split(tmp_path / "out" / "split.csv", read_images(folder))
+    parts = {row.path: row.split for row in after.rows}
+    assert len(parts) == 40 and all(parts[row.path] == row.split for row in before.rows)
+    assert len(after.part("train")) > len(before.part("train"))
+    assert "get parts of their own" in capsys.readouterr().out
+    assert sorted(calls[0]["train"]) == part(after, "train")
+
+
+def test_weights_from_another_data_set(pretrained: Path, tmp_path: Path, capsys, calls) -> None:
+    folder = class_folders(tmp_path / "set", x=10, y=10)
+    run(folder, tmp_path / "out", "--weights", pretrained / "cnn.pt")
+    assert "is split anew" in capsys.readouterr().out
+    assert sorted(calls[0]["train"]) == part(split_images(read_images(folder)), "train")
+
+
+def test_labels_may_come_after_pretraining(tmp_path: Path, calls: list[dict]) -> None:
+    names = [f"{i}.png" for i in range(30)]
+    folder = put(tmp_path / "flat", *names)
+    split = split_images(read_images(folder))
+    pretrain(tmp_path / "cass", split)
+    lines = [f"{name},{'ab'[i % 2]}\n" for i, name in enumerate(names)]
+    labels_csv(folder, "image,label\n" + "".join(lines), *names)
+    found = run(folder, tmp_path / "out", "--weights", tmp_path / "cass")
+    assert found["run"]["classes"] == ["a", "b"] and len(calls[0]["train"]) == 21
+
+
+def test_split_file_may_not_test_what_was_pretrained_on(images: Path, pretrained: Path, calls,
+                                                        tmp_path: Path, capsys) -> None:
+    weights = ["--weights", pretrained / "cnn.pt", "--split-file", tmp_path / "split.csv"]
+    write_split(tmp_path / "split.csv", split_images(read_images(images), seed=6))
+    said = sentence(capsys, lambda: run(images, tmp_path / "out", *weights))
+    assert "test images that these weights were pretrained on" in said and len(calls) == 1
+    split = read_split(pretrained / "split.csv", read_images(images))
+    fewer = replace(split, rows=[row for row in split.rows if row.path != "ant/0.png"])
+    write_split(tmp_path / "split.csv", fewer)
+    run(images, tmp_path / "out", *weights)
+    assert len(table(tmp_path / "out" / "split.csv")) == 44
+
+
+# %% several labels an image, and predictions
+
+
+def predict(path: Path, weights: Path, out: Path, *more: str) -> list[dict[str, str]]:
+    finetune.main(["--predict", str(path), "--weights", str(weights), "--out", str(out),
+                   *TINY, *more])
+    return table(out / "predictions.csv")
+
+
+def test_several_labels_an_image(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    draw, names = np.random.default_rng(3), [f"{i}.png" for i in range(40)]
+    classes, cells = ["fibrous", "cystic", "rare"], draw.random((40, 3)) < (0.6, 0.4, 0.1)
+    lines = [f"{name},{a:d},{b:d},{c:d}\n" for name, (a, b, c) in zip(names, cells)]
+    folder = labels_csv(tmp_path / "set", f"image,{','.join(classes)}\n" + "".join(lines), *names)
+    found = run(folder, tmp_path / "out", "--arch", "test_resnet", "--labels", 0.5, "--lr", 0.01)
+    rows = table(tmp_path / "out" / "predictions.csv")
+    assert "" in {row["truth"] for row in rows} and any("|" in row["truth"] for row in rows)
+    above = [answers(row, "test_resnet", classes)[1] for row in rows]
+    assert [row["class"] for row in rows] == above
+    test = found["seeds"][0]["arms"]["test_resnet"]["test"]
+    wanted = f1_by_hand([row["truth"] for row in rows], above, classes)[1]
+    assert test["headline"] == pytest.approx(wanted) and "argmax" not in test
+    assert found["headline"] == "pooled F1 at threshold 0.5"
+    predicted = {r["image"]: r for r in predict(folder, tmp_path / "out", tmp_path / "new")}
+    assert all(predicted[row["image"]]["class"] == row["class"] for row in rows)
+    scores = json.loads((tmp_path / "new" / "result.json").read_text())["test_resnet"]
+    assert scores["n"] == len(predicted) == 40  # "none of them" is known too
+
+
+@pytest.fixture(scope="module")
+def new_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = "z.png", "b.png", "deep/er/a.png", "deep/c.png", "10.png", "9.png"
+    return put(tmp_path_factory.mktemp("new"), *names, *(f"more/{i}.jpg" for i in range(6)))
+
+
+def test_predictions_are_those_of_the_networks(both: dict, new_images: Path, tmp_path: Path,
+                                               capsys: pytest.CaptureFixture) -> None:
+    rows = predict(new_images, both["out"], tmp_path)
+    paths = sorted(str(file.relative_to(new_images)) for file in new_images.rglob("*.*g"))
+    assert [row["image"] for row in rows] == paths and len(rows) == 12
+    assert {row["truth"] for row in rows} == {""} and not (tmp_path / "result.json").exists()
+    assert list(rows[0]) == list(table(both["out"] / "predictions.csv")[0])[1:]
+    transform = augmentation(32, "none")
+    pixels = torch.stack([transform(load_image(new_images / path)) for path in paths])
+    for arm in ARMS[:2]:
+        network = runtime.load_network(both["out"] / f"{arm}.pt", 32)
+        p = evaluate(network, [(pixels, torch.zeros(12, 3))])[1]
+        wanted = [[float(row[f"{arm}: {c}"]) for c in CLASSES] for row in rows]
+        assert np.abs(p - wanted).max() < 1e-5
+        assert [row[f"{arm}: class"] for row in rows] == [CLASSES[k] for k in p.argmax(1)]
+    for row in rows:
+        assert row["class"] == row[f"{both['chosen']}: class"]
+    assert f"12 images; the class is decided by {both['chosen']}" in capsys.readouterr().out
+    said = sentence(capsys, lambda: predict(new_images, both["out"], tmp_path))
+    assert "is there already" in said
+
+
+def test_one_image_one_network_and_damaged_images(both: dict, tmp_path: Path, capsys) -> None:
+    folder = put(tmp_path / "new", *(f"{i}.png" for i in range(4)))
+    rows = predict(folder, both["out"] / "cnn.pt", tmp_path / "a")
+    assert all(row["class"] == row["cnn: class"] for row in rows) and "ensemble: ant" not in rows[0]
+    one = predict(folder / "2.png", both["out"] / "cnn.pt", tmp_path / "b")
+    assert len(one) == 1 and one[0] == rows[2]
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:300])
+    said = sentence(capsys, lambda: predict(folder, both["out"], tmp_path / "c"))
+    assert "1.png can't be read" in said and not (tmp_path / "c").exists()
+    assert len(predict(folder, both["out"], tmp_path / "c", "--skip-bad")) == 3
+
+
+@pytest.mark.parametrize("names, n", [(["bee", "cat"], 6), (["cat", "dog"], 0)])
+def test_a_labelled_folder_is_scored(names, n, both: dict, tmp_path: Path, capsys) -> None:
+    """If the network knows all its classes, though not the other way round."""
+    folder = class_folders(tmp_path / "new", **dict.fromkeys(names, 3))
+    rows = predict(folder, both["out"], tmp_path)
+    assert [row["truth"] for row in rows] == ["bee"] * 3 + ["cat"] * 3 if n else [""] * 6
+    assert (tmp_path / "result.json").exists() == bool(n)
+    if n:
+        scores = json.loads((tmp_path / "result.json").read_text())
+        truth, said = [row["truth"] for row in rows], capsys.readouterr().out
+        for name in ARMS:
+            picked = [row[f"{name}: class"] for row in rows]
+            assert scores[name]["headline"] == pytest.approx(f1_by_hand(truth, picked, CLASSES)[0])
+            assert f"{scores[name]['headline']:.3f}" in said and scores[name]["n"] == n
+
+
+# %% wrong input
+
+
+@pytest.mark.parametrize("more, words", [
+    ("", ["--weights", "--arch"]), ("--weights W --arch test_vit", ["--weights", "not both"]),
+    ("--arch resnet18.a1_in1k --arch resnet18.a2_in1k", ["two --arch"]),
+    ("--weights W --out W", ["choose another --out"]),
+    ("--arch test_vit --ratios 0.8,0.2,0", ["the test part", "no labelled images"]),
+    ("--arch test_vit --ratios 0.8,0,0.2", ["the val part", "no labelled images"]),
+    ("--arch test_vit --data flat", ["no class", "labels.csv"]),
+    ("--arch test_vit --data one", ["1 class", "two classes"]),
+    ("--arch test_vit --data untested", ["the test part", "no labelled images"]),
+    *((f"--weights W --labels {x}", ["--labels"]) for x in ("0", "1.5", "abc", "-0.1", "nan")),
+    ("--weights W --patience 3", ["--patience"]), ("--weights W --seeds 0", ["--seeds"])])
+def test_wrong_input_is_one_sentence_before_training(more, words, images, pretrained, tmp_path,
+                                                     monkeypatch, capsys, calls) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(Path("flat"), *(f"{i}.png" for i in range(9)))
+    class_folders(Path("one"), a=9)
+    put(class_folders(Path("untested"), **{"train/a": 9, "train/b": 9}), "test/0.png")
+    before = sorted(tmp_path.rglob("*"))
+    options = more.replace("W", str(pretrained)).split()
+    said = sentence(capsys, lambda: run(images, tmp_path / "out", *options))
+    assert all(word in said for word in words) and len(calls) == 1, said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def change(source: Path, target: Path, **changes: object) -> None:
+    torch.save(torch.load(source, weights_only=True) | changes, target)
+
+
+@pytest.mark.parametrize("case, words", [
+    ("pretrained", ["pretrained only"]), ("others", ["different classes", "one file"]),
+    ("unfinished", ["no finished run", "--resume"]), ("none", ["--predict needs", "--weights"])])
+def test_weights_that_cant_predict(case: str, words: list, both: dict, pretrained: Path,
+                                   new_images: Path, tmp_path: Path, capsys) -> None:
+    weights = pretrained if case == "pretrained" else tmp_path
+    change(both["out"] / "cnn.pt", tmp_path / "cnn.pt")
+    if case == "others":
+        change(both["out"] / "transformer.pt", tmp_path / "transformer.pt", classes=list("xyz"))
+    (tmp_path / "config.json").write_text('{"finished": false}')
+    options = ["--predict", str(new_images), "--out", str(tmp_path / "out")]
+    options += ["--weights", str(weights)] * (case != "none")
+    said = sentence(capsys, lambda: finetune.main(options))
+    assert all(word in said for word in words) and not (tmp_path / "out").exists(), said
