@@ -7,6 +7,7 @@ from typing import Callable
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 
@@ -81,3 +82,14 @@ def sentence(capsys: pytest.CaptureFixture, call: Callable[[], object]) -> str:
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, (code, said)
     return said
+
+
+def equal(a: object, b: object) -> bool:
+    """Equal to the bit, through lists and dicts."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b

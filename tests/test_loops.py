@@ -2,7 +2,6 @@
 workers, with a cache or without, a run equals one in a piece to the bit."""
 
 import functools
-import io
 import json
 import os
 import signal
@@ -12,42 +11,56 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import class_folders, sentence
+from helpers import class_folders, equal, sentence
 from torch import Tensor, nn
 
 import cass
 import dino
 import finetune
-from cass import pretrain_cass
-from dino import DinoNetwork, pretrain_dino
-from finetune import finetune_network
 from runtime import Run
 
-# %% the loops, without files
+
+def stop_after(calls: int, method: str, train: Callable[[], object], code: type) -> None:
+    """Ctrl-C after so many calls of `Run.save` or `Run.log` ends `train` by an exception."""
+    plain, seen = getattr(Run, method), []
+
+    def counted(run: Run, *arguments: object) -> None:
+        plain(run, *arguments)
+        run.cost = 0  # the next save is not put off
+        seen.append(arguments)
+        if len(seen) == calls:
+            signal.raise_signal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(code):
+        patch.setattr(Run, method, counted)
+        train()
 
 
-class TinyNet(nn.Module):
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+# %% the loops, on tiny networks
+
+
+class TinyNet(nn.Sequential):
     """For images of 8 x 8, with what a run has to keep: batch-norm statistics, random dropout."""
 
     head_hidden_size = 36
 
     def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4)
-        self.drop, self.fc = nn.Dropout(0.2), nn.Linear(36, 3)
+        super().__init__(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                         nn.Dropout(0.2), nn.Linear(36, 3))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        return self.norm(self.conv(images)).relu()
+        for layer in list(self)[:-1]:
+            images = layer(images)
+        return images  # (N, 36)
 
-    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
-        features = self.drop(maps.flatten(1))
-        return features if pre_logits else self.fc(features)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+    def forward_head(self, features: Tensor, pre_logits: bool) -> Tensor:
+        return features
 
     def get_classifier(self) -> nn.Module:
-        return self.fc
+        return self[5]
 
 
 class Batches:
@@ -72,92 +85,45 @@ def labelled(images: Tensor) -> tuple[Tensor, Tensor]:
     return images, (images[:, :, 0, 0] > 0.5).float()
 
 
-def run_loop(name: str, **options) -> list[dict]:
-    """Train 6 epochs of 3 steps; the networks, as dicts of tensors, and what else comes back."""
+def train(name: str, precision: torch.dtype, out: Path, resume: bool = False) -> list:
+    """6 epochs of 3 steps; the networks, as dicts of tensors, the rows, and what comes back."""
+    run = Run(out, {"epochs": 6, "resume": resume})
+    run.begin()
+    options = {"epochs": 6, "precision": precision, "log": run.log, "save": run.save,
+               "restore": run.restore}
     torch.manual_seed(0)
     first, second = TinyNet(), TinyNet()
     if name == "cass":  # averages once, after step 16
-        kept = pretrain_cass(first, second, Batches(lambda x: x), epochs=6, **options)
+        kept = cass.pretrain_cass(first, second, Batches(lambda x: x), **options)
     elif name == "dino":
         views = Batches(lambda x: ([x, x.flip(3)], [x, x.flip(2)]))
-        kept = pretrain_dino(DinoNetwork(first, 8), views, epochs=6, **options)
+        kept = dino.pretrain_dino(dino.DinoNetwork(first, 8), views, **options)
     else:
-        kept = [first, finetune_network(first, Batches(labelled), list(Batches(labelled)),
-                                        epochs=6, patience=3, lr=0.02, **options)]
-    return [one.state_dict() if isinstance(one, nn.Module) else one for one in kept]
-
-
-@functools.cache
-def undisturbed_loop(name: str, precision: torch.dtype) -> tuple[list[dict], list[dict]]:
-    rows = []
-    return run_loop(name, precision=precision, log=rows.append), rows
-
-
-class Keeper:
-    """`save` and `restore` in memory; Ctrl-C comes in epoch `stop`, after `save` or after `log`."""
-
-    def __init__(self, stop: int, where: str) -> None:
-        self.stop, self.where, self.file, self.rows = stop, where, b"", []
-
-    def log(self, row: dict) -> None:
-        self.rows.append(row)
-        if (self.where, row["epoch"]) == ("log", self.stop):
-            raise KeyboardInterrupt
-
-    def save(self, parts: list, history: list[float]) -> None:
-        state = {"parts": [part.state_dict() for part in parts], "history": history,
-                 "random": torch.get_rng_state(), "rows": self.rows}
-        torch.save(state, file := io.BytesIO())
-        self.file = file.getvalue()
-        if (self.where, len(history)) == ("save", self.stop):
-            raise KeyboardInterrupt
-
-    def restore(self, parts: list) -> list[float]:
-        if not self.file:
-            return []
-        state = torch.load(io.BytesIO(self.file), weights_only=True)  # tensors and plain values
-        for part, value in zip(parts, state["parts"], strict=True):
-            part.load_state_dict(value)
-        torch.set_rng_state(state["random"])
-        self.rows, self.stop = state["rows"], 0
-        return state["history"]
-
-
-def equal(a: object, b: object) -> bool:
-    """Equal to the bit, through lists and dicts."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b) and a.dtype == b.dtype
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+        validation = list(Batches(labelled))
+        facts = finetune.finetune_network(first, Batches(labelled), validation, patience=3,
+                                          lr=0.02, **options)
+        return [first.state_dict(), facts, timeless(run.rows)]
+    return [*(network.state_dict() for network in kept), timeless(run.rows)]
 
 
 @pytest.mark.parametrize("name", ["cass", "dino", "finetune"])
-@pytest.mark.parametrize("precision, stop, where", [
+@pytest.mark.parametrize("precision, calls, method", [
     (torch.float32, 1, "log"), (torch.float32, 2, "save"), (torch.bfloat16, 5, "log"),
     (torch.float16, 3, "save"), (torch.float32, 6, "save")])
-def test_loop_stopped_and_resumed_equals_one_in_a_piece(name: str, precision: torch.dtype,
-                                                        stop: int, where: str) -> None:
-    wanted, rows = undisturbed_loop(name, precision)
-    keeper = Keeper(stop, where)
-    options = {"precision": precision, "log": keeper.log, "save": keeper.save}
-    with pytest.raises(KeyboardInterrupt):
-        run_loop(name, **options)
-    if not keeper.file:
-        keeper = Keeper(0, "")
-        options |= {"log": keeper.log, "save": keeper.save}
-    assert equal(run_loop(name, restore=keeper.restore, **options), wanted)
-    assert keeper.rows == rows and [row["epoch"] for row in rows] == [*range(1, len(rows) + 1)]
+def test_loop_stopped_and_resumed_equals_one_in_a_piece(
+        name: str, precision: torch.dtype, calls: int, method: str, tmp_path: Path) -> None:
+    wanted = train(name, precision, tmp_path / "a")
+    stop_after(calls, method, lambda: train(name, precision, tmp_path / "b"), KeyboardInterrupt)
+    assert equal(train(name, precision, tmp_path / "b", resume=True), wanted)
+    assert [row["epoch"] for row in wanted[-1]] == [*range(1, len(wanted[-1]) + 1)]
 
 
 # %% the commands
 
-MAIN = {"cass": cass.main, "dino": dino.main, "finetune": finetune.main}
-NETWORKS = {"cass": "--cnn test_resnet --transformer test_vit --epochs 6",
-            "dino": "--arch test_vit --out-dim 16 --epochs 3",
-            "finetune": "--arch test_resnet --arch test_vit --epochs 3"}
+COMMANDS = {"cass": (cass.main, "--cnn test_resnet --transformer test_vit --epochs 6"),
+            "dino": (dino.main, "--arch test_vit --out-dim 16 --epochs 3"),
+            "finetune": (finetune.main, "--arch test_resnet --arch test_vit --epochs 3")}
+SHARED = "--init random --image-size 32 --batch-size 4 --workers 0 --precision fp32"
 
 
 @pytest.fixture(scope="module")
@@ -166,173 +132,133 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(name: str, images: Path, out: Path, *more: str) -> None:
-    shared = "--init random --image-size 32 --batch-size 4 --workers 0 --precision fp32"
-    MAIN[name](["--data", str(images), "--out", str(out), *shared.split(),
-                *NETWORKS[name].split(), *more])
+    main, options = COMMANDS[name]
+    main(["--data", str(images), "--out", str(out), *SHARED.split(), *options.split(), *more])
 
 
 def results(out: Path) -> dict:
     """All that a run leaves behind, but for times and for how it was called."""
-    found = {"log": [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]}
-    for row in found["log"]:
-        del row["seconds"]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    found = {"rows": timeless(rows)}
     for file in out.iterdir():
         if file.suffix == ".csv":
             found[file.name] = file.read_text()
         elif file.suffix == ".pt":
             found[file.name] = torch.load(file, weights_only=True)
-    if (out / "result.json").is_file():
-        found["scores"] = json.loads((out / "result.json").read_text())
-        del found["scores"]["run"]
-    for row in found.get("checkpoint.pt", {}).get("rows", ()):
-        del row["seconds"]
+            found[file.name].pop("rows", None)
+        elif file.name == "result.json":
+            found |= {key: value for key, value in json.loads(file.read_text()).items()
+                      if key != "run"}
     return found
 
 
 @pytest.fixture(scope="module")
-def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
     @functools.cache
-    def folder(name: str, precision: str = "fp32") -> Path:
+    def run(name: str, precision: str = "fp32") -> dict:
         out = tmp_path_factory.mktemp("runs") / name
         command(name, images, out, "--precision", precision)
-        return out
-    return folder
+        return results(out)
+    return run
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, method: str, calls: int) -> None:
-    """After so many calls of `Run.save` or `Run.log` comes a signal that ends the program."""
-    plain, seen = getattr(Run, method), []
-
-    def counted(run: Run, *arguments: object) -> None:
-        plain(run, *arguments)
-        run.cost = 0  # the next save is not put off
-        seen.append(arguments)
-        if len(seen) == calls:
-            signal.raise_signal(signal.SIGTERM)
-    monkeypatch.setattr(Run, method, counted)
-
-
-def stopped(name: str, images: Path, out: Path, *more: str, method: str = "save",
-            calls: int = 2) -> None:
-    """A run of a command that ends after so many calls."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        stop_after(patch, method, calls)
-        command(name, images, out, *more)
-    assert end.value.code == 130 and not {"cnn.pt", "backbone.pt", "result.json"} & {
-        file.name for file in out.iterdir()}
-
-
-@pytest.mark.parametrize("name, precision, method, calls, workers, cache", [
-    ("cass", "fp32", "save", 2, "02", "10"), ("cass", "bf16", "log", 5, "20", "01"),
-    ("cass", "fp32", "save", 6, "00", "00"), ("cass", "fp32", "log", 1, "00", "00"),
-    ("dino", "fp32", "log", 3, "20", "01"), ("dino", "bf16", "save", 3, "02", "11"),
-    ("finetune", "fp32", "save", 2, "20", "01"), ("finetune", "fp32", "save", 3, "02", "10"),
-    ("finetune", "bf16", "log", 5, "00", "00")])  # saves and rows 4 to 6 are the second network's
+@pytest.mark.parametrize("name, precision, calls, method, workers, cache", [
+    ("cass", "fp32", 2, "save", "02", "10"), ("cass", "bf16", 5, "log", "20", "01"),
+    ("cass", "fp32", 6, "save", "00", "00"), ("cass", "fp32", 1, "log", "00", "00"),
+    ("dino", "fp32", 2, "save", "20", "01"), ("dino", "bf16", 3, "log", "02", "11"),
+    ("finetune", "fp32", 2, "save", "20", "01"), ("finetune", "fp32", 3, "save", "02", "10"),
+    ("finetune", "bf16", 5, "log", "00", "00")])  # calls 4 to 6 are of the second network
 def test_command_stopped_and_resumed_equals_one_in_a_piece(
-        name: str, precision: str, method: str, calls: int, workers: str, cache: str,
-        images: Path, undisturbed: Callable, tmp_path: Path) -> None:
+        name: str, precision: str, calls: int, method: str, workers: str, cache: str, images: Path,
+        undisturbed: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """After two saves the newest checkpoint is damaged, so that the one before is used."""
     out, halves = tmp_path / "out", []
     for processes, cached in zip(workers, cache):
         halves.append(["--precision", precision, "--workers", processes])
-        halves[-1] += ["--cache", str(tmp_path / "cache")] * (cached == "1")
-    stopped(name, images, out, *halves[0], method=method, calls=calls)
+        halves[-1] += ["--cache", str(tmp_path / "cache")] * int(cached)
+    stop_after(calls, method, lambda: command(name, images, out, *halves[0]), SystemExit)
+    damaged = (calls, method) == (2, "save")
+    if damaged:
+        [file] = [file for file in out.glob("checkpoint*.pt") if "prev" not in file.name]
+        file.write_bytes(file.read_bytes()[:5000])
     command(name, images, out, *halves[1], "--resume")
-    assert equal(results(out), results(undisturbed(name, precision)))
+    assert ("can't be read; looking for the one before" in capsys.readouterr().err) == damaged
+    assert equal(results(out), undisturbed(name, precision))
 
 
-def test_stopped_run_says_how_to_go_on(images: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["/somewhere/cass.py", "--data", "my images"])
-    stopped("cass", images, tmp_path, calls=1)
-    said = capsys.readouterr().err
-    assert said == "\nstopped; go on with\n  python cass.py --data 'my images' --resume\n"
-
-
-@pytest.mark.parametrize("name", sorted(MAIN))
-def test_damaged_checkpoint_is_replaced_by_the_one_before(
-        name: str, images: Path, undisturbed: Callable, tmp_path: Path, capsys) -> None:
-    stopped(name, images, tmp_path, calls=2)
-    newest = tmp_path / ("checkpoint-test_resnet-seed0.pt" if name == "finetune"
-                         else "checkpoint.pt")
-    newest.write_bytes(newest.read_bytes()[:5000])
-    capsys.readouterr()
-    command(name, images, tmp_path, "--resume")
-    assert f"{newest} can't be read" in capsys.readouterr().err
-    assert equal(results(tmp_path), results(undisturbed(name)))
-
-
-@pytest.mark.parametrize("replacement", range(2, 10))
-def test_kill_at_any_renaming_of_a_file(replacement: int, images: Path, undisturbed: Callable,
-                                        tmp_path: Path) -> None:
-    """Two epochs have 8: of the log, and three of checkpoints; the first run's config comes 1st."""
+@pytest.mark.parametrize("file, time", [("log.jsonl", 2), ("checkpoint.pt", 1),
+                                        ("checkpoint-prev.pt", 1), ("checkpoint.pt", 2)])
+def test_kill_before_a_file_gets_its_name(file: str, time: int, images: Path,
+                                          undisturbed: Callable, tmp_path: Path) -> None:
     child = os.fork()
     if not child:
-        rename, seen = os.replace, []
+        replace, seen = os.replace, []
 
-        def deadly(*paths: object) -> None:
-            seen.append(paths)
-            if len(seen) == replacement:
+        def deadly(source: Path, target: Path) -> None:
+            seen.append(Path(target).name)
+            if seen.count(file) == time:
                 os.kill(os.getpid(), signal.SIGKILL)
-            rename(*paths)
+            replace(source, target)
         os.replace = deadly
-        command("dino", images, tmp_path)
+        try:
+            command("dino", images, tmp_path)
+        finally:
+            os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     command("dino", images, tmp_path, "--resume")
-    assert equal(results(tmp_path), results(undisturbed("dino")))
+    assert equal(results(tmp_path), undisturbed("dino"))
 
 
-@pytest.mark.parametrize("name, epochs", [("cass", "6"), ("dino", "3")])
+@pytest.mark.parametrize("name, epochs", [("cass", "6"), ("dino", "3"), ("finetune", "3")])
 def test_finished_run_trains_on(name: str, epochs: str, images: Path, undisturbed: Callable,
-                                tmp_path: Path, capsys) -> None:
-    """Averages are of the last quarter of all epochs, however these were come by."""
+                                tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Averages are of the last quarter of all epochs; of fine-tuning the best epoch is final."""
     command(name, images, tmp_path, "--epochs", "2")
-    for words in ([], ["--epochs", epochs]):
-        command(name, images, tmp_path, "--epochs", "2", "--resume", *words)
-        assert ("is finished" in capsys.readouterr().out.splitlines()[-1]) == (not words)
-    assert equal(results(tmp_path), results(undisturbed(name)))
-    said = sentence(capsys, lambda: command(name, images, tmp_path, "--resume", "--epochs", "1"))
-    assert f"--epochs {epochs}, not 1" in said
-
-
-def test_finished_fine_tuning_does_not(images: Path, undisturbed: Callable, capsys) -> None:
-    out = undisturbed("finetune")
-    before = {file: file.read_bytes() for file in out.iterdir()}
-    words = "--resume",
-    command("finetune", images, out, *words)
+    before = results(tmp_path)
+    assert "a finished run" in sentence(capsys, lambda: command(name, images, tmp_path))
+    command(name, images, tmp_path, "--epochs", "2", "--resume")
     assert "is finished" in capsys.readouterr().out
-    said = sentence(capsys, lambda: command("finetune", images, out, *words, "--epochs", "9"))
-    assert "--epochs 3, not 9" in said
+    if name == "finetune":
+        said = sentence(capsys, lambda: command(name, images, tmp_path, "--resume"))
+        assert "--epochs 2, not 3" in said and equal(results(tmp_path), before)
+        return
+    assert equal(results(tmp_path), before)
+    command(name, images, tmp_path, "--resume")
+    assert equal(results(tmp_path), undisturbed(name))
+    less = sentence(capsys, lambda: command(name, images, tmp_path, "--resume", "--epochs", "1"))
+    assert f"--epochs {epochs}, not 1" in less
+
+
+@pytest.mark.parametrize("name", ["cass", "dino", "finetune"])
+def test_what_can_not_be_resumed(name: str, images: Path, tmp_path: Path, monkeypatch,
+                                 capsys: pytest.CaptureFixture) -> None:
+    out, others = tmp_path / "out", class_folders(tmp_path / "others", cat=12, dog=10)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/x.py", "--data", "my images"])
+    stop_after(1, "save", lambda: command(name, images, out, "--resume"), SystemExit)
+    said = capsys.readouterr()
+    assert f"{out} holds no checkpoint: starting at the beginning" in said.out
+    assert said.err == "\nstopped; go on with\n  python x.py --data 'my images' --resume\n"
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    for words, more in {"an unfinished run: --resume it": [],
+                        "not 0.002": ["--resume", "--lr", "0.002"],
+                        "--seed 0, not 3": ["--resume", "--seed", "3"],
+                        "--image-size 32, not 48": ["--resume", "--image-size", "48"],
+                        "changed since": ["--resume", "--data", str(others)]}.items():
+        said = sentence(capsys, lambda: command(name, images, out, *more))
+        assert words in said and str(out) in said
     assert {file: file.read_bytes() for file in out.iterdir()} == before
-
-
-@pytest.mark.parametrize("name", sorted(MAIN))
-def test_folder_with_a_run(name: str, images: Path, tmp_path: Path, capsys) -> None:
-    """What is refused, and that a refusal writes nothing."""
-    stopped(name, images, tmp_path, "--resume", calls=1)  # there is nothing to resume yet
-    assert f"{tmp_path} holds no checkpoint: starting at the beginning" in capsys.readouterr().out
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    refused = {"an unfinished run: --resume it": [], "--lr": ["--resume", "--lr", "0.002"],
-               "--seed 0, not 3": ["--resume", "--seed", "3"],
-               "--image-size 32, not 48": ["--resume", "--image-size", "48"],
-               "changed since": ["--resume", "--data", str(class_folders(tmp_path.with_name("x"),
-                                                                         cat=12, dog=10))]}
-    for words, more in refused.items():
-        said = sentence(capsys, lambda: command(name, images, tmp_path, *more))
-        assert words in said and str(tmp_path) in said
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-    state = {"epoch": 1, "parts": []}  # as the first version of this program wrote it
-    for file in tmp_path.glob("checkpoint*.pt"):
-        torch.save(state, file)
-    assert "older version" in sentence(capsys, lambda: command(name, images, tmp_path, "--resume"))
-    for file in tmp_path.glob("checkpoint*.pt"):
-        file.write_bytes(b"damaged")
+    [checkpoint] = out.glob("checkpoint*.pt")
+    torch.save({"epoch": 1, "parts": []}, checkpoint)  # as the first version wrote them
+    assert "older version" in sentence(capsys, lambda: command(name, images, out, "--resume"))
+    checkpoint.write_bytes(b"damaged")
     with pytest.raises(SystemExit):
-        command(name, images, tmp_path, "--resume")
+        command(name, images, out, "--resume")
     assert "error: no checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(MAIN))
+@pytest.mark.parametrize("name", ["cass", "dino", "finetune"])
 def test_loss_that_is_not_finite_ends_the_command(name: str, images: Path, tmp_path: Path,
-                                                  capsys) -> None:
+                                                  capsys: pytest.CaptureFixture) -> None:
     said = sentence(capsys, lambda: command(name, images, tmp_path, "--lr", "1e30"))
     assert "the loss became" in said and "--lr" in said and "epoch" in said
     assert not any(tmp_path.glob("*.pt")) and not (tmp_path / "result.json").exists()
