@@ -1,6 +1,5 @@
 """extras/prepare.py: each odd form becomes the labels.csv one would have written by hand."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,15 @@ def run(folder: Path, *more: str) -> None:
     prepare.main(["--data", str(folder), *more])
 
 
-def table(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "labels.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def with_table(folder: Path, text: str, *names: str, file: str = "truth.csv") -> Path:
     put(folder, *names)
     (folder / file).write_text(text, encoding="utf-8")
     return folder
+
+
+def rows(folder: Path) -> list[tuple[str, ...]]:
+    """Path, labels and group of each image, as labels.csv has them."""
+    return [(row.path, *row.labels, row.group) for row in read_images(folder).rows]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -50,17 +49,14 @@ def isic(folder: Path) -> Path:
     return with_table(folder, TRUTH, *images, file=prepare.ISIC)
 
 
-@pytest.mark.parametrize("more", [[], ["--table", prepare.ISIC]])
-def test_isic_with_its_lesions(tmp_path: Path, more: list[str]) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_isic_with_its_lesions(tmp_path: Path, named: bool) -> None:
     before = contents(isic(tmp_path))
-    run(tmp_path, *more[:1], *(str(tmp_path / name) for name in more[1:]))
-    images = read_images(tmp_path)
-    assert [(row.path, *row.labels, row.group) for row in images.rows] == [
-        ("ISIC_2019_Training_Input/ISIC_0.jpg", "MEL", "A"),
-        ("ISIC_2019_Training_Input/ISIC_1.jpg", "NV", "B"),
-        ("ISIC_2019_Training_Input/ISIC_2.jpg", "BCC", "ISIC_2019_Training_Input/ISIC_2.jpg"),
-        ("ISIC_2019_Training_Input/ISIC_3.jpg", "MEL", "A")]
-    assert images.classes == ["MEL", "NV", "BCC"] and not images.multi_label  # no image of UNK
+    run(tmp_path, *["--table", str(tmp_path / prepare.ISIC)] * named)
+    names = [f"ISIC_2019_Training_Input/ISIC_{i}.jpg" for i in range(4)]
+    assert rows(tmp_path) == [(names[0], "MEL", "A"), (names[1], "NV", "B"),
+                              (names[2], "BCC", names[2]), (names[3], "MEL", "A")]
+    assert read_images(tmp_path).classes == ["MEL", "NV", "BCC"]  # there is no image of UNK
     after = contents(tmp_path)
     assert after.pop("labels.csv") and after == before  # nothing else has changed
 
@@ -69,7 +65,7 @@ def test_isic_without_metadata_says_so(tmp_path: Path, capsys) -> None:
     (isic(tmp_path) / prepare.ISIC_FACTS).unlink()
     run(tmp_path)
     assert "images of one lesion may come into two parts" in capsys.readouterr().out
-    assert list(table(tmp_path)[0]) == ["image", "MEL", "NV", "BCC"]
+    assert not any(row[-1] for row in rows(tmp_path))
 
 
 def test_image_that_is_not_there(tmp_path: Path, capsys) -> None:
@@ -78,14 +74,14 @@ def test_image_that_is_not_there(tmp_path: Path, capsys) -> None:
     assert all(word in said for word in ("line 4", "ISIC_2", "1 of 4", "--skip-missing"))
     assert not (tmp_path / "labels.csv").exists()
     run(tmp_path, "--skip-missing")
-    assert "left out: 1 of 4" in capsys.readouterr().out and len(table(tmp_path)) == 3
+    assert "left out: 1 of 4" in capsys.readouterr().out and len(rows(tmp_path)) == 3
 
 
 def test_dermofit_without_its_masks_grouped_by_lesion(tmp_path: Path, capsys) -> None:
     lesions = ("AK/A1/A1", "AK/A2/A2", "MEL/D7b/D7b")
     put(tmp_path, *(name + end for name in lesions for end in (".png", "mask.png")))
     run(put(tmp_path, "AK/A1/second.PNG"))
-    assert [tuple(row.values()) for row in table(tmp_path)] == [
+    assert rows(tmp_path) == [
         ("AK/A1/A1.png", "AK", "AK/A1"), ("AK/A1/second.PNG", "AK", "AK/A1"),
         ("AK/A2/A2.png", "AK", "AK/A2"), ("MEL/D7b/D7b.png", "MEL", "MEL/D7b")]
     put(tmp_path, "AK/stray.png")
@@ -109,9 +105,8 @@ def test_dermofit_without_its_masks_grouped_by_lesion(tmp_path: Path, capsys) ->
 ])
 def test_tables_that_say_the_same(tmp_path: Path, text: str) -> None:
     run(with_table(tmp_path, text, "a.png", "b.JPG"))
-    images = read_images(tmp_path)
-    assert [(row.path, *row.labels) for row in images.rows] == [("a.png", "cat"), ("b.JPG", "dog")]
-    assert images.classes == ["cat", "dog"] and not images.multi_label
+    assert rows(tmp_path) == [("a.png", "cat", ""), ("b.JPG", "dog", "")]
+    assert not read_images(tmp_path).multi_label
 
 
 @pytest.mark.parametrize("text, options", [
@@ -125,10 +120,9 @@ def test_tables_that_say_the_same(tmp_path: Path, text: str) -> None:
 ])
 def test_several_labels_and_patients(tmp_path: Path, text: str, options: list[str]) -> None:
     run(with_table(tmp_path, text, *(f"slides/{name}.tif" for name in "abc")), *options)
-    images = read_images(tmp_path)
-    assert images.multi_label and [(row.path, set(row.labels), row.group) for row in images.rows] == [
-        ("slides/a.tif", {"TFH-1", "B cells"}, "p1"), ("slides/b.tif", set(), "p1"),
-        ("slides/c.tif", {"others"}, "p2")]
+    assert rows(tmp_path) == [("slides/a.tif", "TFH-1", "B cells", "p1"), ("slides/b.tif", "p1"),
+                              ("slides/c.tif", "others", "p2")]
+    assert read_images(tmp_path).multi_label
 
 
 def test_cells_without_a_value_are_no_class_and_no_patient(tmp_path: Path, capsys) -> None:
@@ -136,8 +130,8 @@ def test_cells_without_a_value_are_no_class_and_no_patient(tmp_path: Path, capsy
     with_table(tmp_path, text, *(f"{name}.png" for name in "abcdef"))
     assert "line 6 has no clear label for e.png" in sentence(capsys, lambda: run(tmp_path))
     run(tmp_path, "--skip-missing")
-    assert [tuple(row.values()) for row in table(tmp_path)] == [
-        ("a.png", "0", "7"), ("b.png", "0", "7"), ("c.png", "1", "c.png"), ("d.png", "1", "d.png")]
+    assert rows(tmp_path) == [("a.png", "0", "7"), ("b.png", "0", "7"),
+                              ("c.png", "1", "c.png"), ("d.png", "1", "d.png")]
 
 
 def test_an_uncertain_cell_drops_no_class_column(tmp_path: Path, capsys) -> None:
@@ -145,7 +139,7 @@ def test_an_uncertain_cell_drops_no_class_column(tmp_path: Path, capsys) -> None
     with_table(tmp_path, text, "a.png", "b.png", "c.png")
     assert "no clear label for b.png in column 'x'" in sentence(capsys, lambda: run(tmp_path))
     run(tmp_path, "--skip-missing")
-    assert read_images(tmp_path).classes == ["x", "y"] and len(table(tmp_path)) == 2
+    assert rows(tmp_path) == [("a.png", "x", ""), ("c.png", "y", "")]
 
 
 def test_parts_of_a_table_are_kept(tmp_path: Path) -> None:
@@ -158,17 +152,18 @@ def test_names_of_every_kind(tmp_path: Path) -> None:
     names = ["a b/été 1.PNG", "a b/脳/２.png", "опухоль.jpg", "v1.2/x.y.png"]
     put(tmp_path, *names, ".ipynb_checkpoints/опухоль-checkpoint.jpg", "a b/._été 1.PNG")
     (tmp_path / ".ipynb_checkpoints" / "truth-checkpoint.csv").write_text("no,table\n")
-    text = "image,label\ne\u0301te\u0301 1,één\n２.png,二\nопухоль,да\nx.y,b c\n"  # as a Mac has it
-    run(with_table(tmp_path, text))
-    rows = read_images(tmp_path).rows
-    assert [(row.path, *row.labels) for row in rows] == list(zip(names, ["één", "二", "да", "b c"]))
+    labels = ["één", "二", "да", "b c"]
+    found = ["e\u0301te\u0301 1", "\uff12.png", "опухоль", "x.y"]  # accents as a Mac writes them
+    lines = [f"{name},{label}\n" for name, label in zip(found, labels)]
+    run(with_table(tmp_path, "image,label\n" + "".join(lines)))
+    assert rows(tmp_path) == [(*pair, "") for pair in zip(names, labels)]
 
 
 def test_folders_tell_equal_names_apart(tmp_path: Path, capsys) -> None:
     names = ["train/cat/1.png", "train/dog/1.png", "test/dog/1.png", "1.png"]
     text = "path,target\n/home/x/train/dog/1.png,dog\ntest/dog/1,dog\ntrain/cat/1,cat\n1.png,cat\n"
     run(with_table(tmp_path / "good", text, *names))
-    found = [row["image"] for row in table(tmp_path / "good")]
+    found = [row[0] for row in rows(tmp_path / "good")]
     assert found == [names[1], names[2], names[0], names[3]]
     with_table(tmp_path / "bad", "path,target\ndog/1.png,dog\n", *names)
     said = sentence(capsys, lambda: run(tmp_path / "bad"))
@@ -201,7 +196,7 @@ def test_tables_that_cant_be_used(tmp_path: Path, text: str, words: list[str], c
 # %% MedMNIST
 
 
-def medmnist(file: Path, colour: bool = False, classes: int = 0, **changes) -> dict[str, np.ndarray]:
+def medmnist(file: Path, colour: bool = False, classes: int = 0, **changes) -> dict:
     """A file as MedMNIST writes them: 6, 2 and 3 images; labels (N, 1), or 0/1 (N, classes)."""
     rng, arrays = np.random.default_rng(0), {}
     for part, n in (("train", 6), ("val", 2), ("test", 3)):
@@ -222,9 +217,9 @@ def test_medmnist_keeps_pixels_parts_and_labels(tmp_path: Path, colour: bool) ->
     assert images.classes == ["00", "02", "04", "06", "08", "10"] and not images.multi_label
     assert split_images(images).rows == images.rows  # nothing is split anew
     for part in ("train", "val", "test"):
-        rows = images.part(part)
-        assert [int(row.labels[0]) for row in rows] == arrays[f"{part}_labels"][:, 0].tolist()
-        for row, pixels in zip(rows, arrays[f"{part}_images"], strict=True):
+        labels = [int(row.labels[0]) for row in images.part(part)]
+        assert labels == arrays[f"{part}_labels"][:, 0].tolist()
+        for row, pixels in zip(images.part(part), arrays[f"{part}_images"], strict=True):
             with Image.open(folder / row.path) as image:
                 assert image.format == "PNG" and np.array_equal(np.asarray(image), pixels)
 
@@ -271,8 +266,7 @@ def test_folder_that_must_not_be_written_to(tmp_path: Path) -> None:
         run(folder, "--out", str(tmp_path / "new" / "out"), *more)
     folder.chmod(0o755)
     assert contents(folder) == before
-    rows = read_images(tmp_path / "new" / "out").rows
-    assert [(row.path, *row.labels) for row in rows] == [("set/x/a.png", "cat"), ("set/b.png", "dog")]
+    assert rows(tmp_path / "new" / "out") == [("set/x/a.png", "cat", ""), ("set/b.png", "dog", "")]
 
 
 def test_existing_labels_are_kept_unless_asked(tmp_path: Path, capsys) -> None:
@@ -283,7 +277,7 @@ def test_existing_labels_are_kept_unless_asked(tmp_path: Path, capsys) -> None:
     assert "another name" in sentence(capsys, lambda: run(tmp_path, *itself))
     assert (tmp_path / "labels.csv").read_text() == "mine"
     run(tmp_path, "--overwrite")
-    assert table(tmp_path) == [{"image": "a.png", "label": "cat"}]
+    assert (tmp_path / "labels.csv").read_text() == "image,label\na.png,cat\n"
 
 
 def test_several_tables_ask_for_a_choice(tmp_path: Path, capsys) -> None:
@@ -292,7 +286,7 @@ def test_several_tables_ask_for_a_choice(tmp_path: Path, capsys) -> None:
     said = sentence(capsys, lambda: run(tmp_path))
     assert "more.CSV" in said and "truth.csv" in said and "--table" in said
     run(tmp_path, "--table", str(tmp_path / "more.CSV"))
-    assert table(tmp_path)[0]["label"] == "y"
+    assert rows(tmp_path) == [("a.png", "y", "")]
 
 
 def test_class_folders_need_nothing(tmp_path: Path, capsys) -> None:
@@ -304,7 +298,7 @@ def test_class_folders_need_nothing(tmp_path: Path, capsys) -> None:
 def test_what_is_not_there(tmp_path: Path, capsys) -> None:
     put(tmp_path, "cat/0.png")
     assert "not a folder" in sentence(capsys, lambda: run(tmp_path / "gone"))
-    assert "gone.csv" in sentence(capsys, lambda: run(tmp_path, "--table", str(tmp_path / "gone.csv")))
-    label = ["--label-column", "dx"]
+    gone = ["--table", str(tmp_path / "gone.csv")]
+    assert "gone.csv" in sentence(capsys, lambda: run(tmp_path, *gone))
     with_table(tmp_path, "image,label\n0.png,x\n")
-    assert "'dx'" in sentence(capsys, lambda: run(tmp_path, *label))
+    assert "'dx'" in sentence(capsys, lambda: run(tmp_path, "--label-column", "dx"))
