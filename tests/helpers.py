@@ -90,6 +90,6 @@ def equal(a: object, b: object) -> bool:
         return torch.equal(a, b) and a.dtype == b.dtype
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
+    if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
