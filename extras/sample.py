@@ -134,7 +134,7 @@ def draw_image(labels: np.ndarray, patient: int, index: int, seed: int) -> np.nd
 
 
 def draw_sample(folder: str | Path, images: int = 198, patients: int = 7, seed: int = 0) -> Path:
-    """Write images/*.tif, labels.csv and README.txt into a new or empty folder, or nothing."""
+    """Write images/*.tif and labels.csv into a new or empty folder; when stopped, nothing."""
     target = Path(folder).resolve()
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: name another one")
@@ -151,7 +151,6 @@ def draw_sample(folder: str | Path, images: int = 198, patients: int = 7, seed: 
             image.save(work / name, compression="tiff_lzw", tiffinfo={270: NOTE, 317: 2})
             table.append(f"{name},{','.join(map(str, shown))},patient-{group + 1}")
         (work / "labels.csv").write_text("\n".join(table) + "\n")
-        (work / "README.txt").write_text(f"{NOTE} Drawn by extras/sample.py, seed {seed}.\n")
         if target.exists():
             target.rmdir()  # it is empty; only POSIX would rename over it
         work.rename(target)

@@ -40,7 +40,6 @@ def test_files_hold_what_the_design_and_the_drawing_say(drawn: Path) -> None:
             pixels = np.asarray(image)
         assert 5 < pixels.mean() < 80 and pixels.max() > 150  # dark, with bright cells
     np.testing.assert_array_equal(pixels, sample.draw_image(labels[4], groups[4], 4, 0))  # lossless
-    assert "synthetic" in (drawn / "README.txt").read_text().lower()
 
 
 def test_equal_seeds_give_equal_bytes_and_fewer_are_the_first_of_more(drawn: Path,
