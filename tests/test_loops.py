@@ -85,11 +85,12 @@ def labelled(images: Tensor) -> tuple[Tensor, Tensor]:
     return images, (images[:, :, 0, 0] > 0.5).float()
 
 
-def train(name: str, precision: torch.dtype, out: Path, resume: bool = False) -> list:
-    """6 epochs of 3 steps; the networks, as dicts of tensors, the rows, and what comes back."""
-    run = Run(out, {"epochs": 6, "resume": resume})
+def train(name: str, precision: torch.dtype, out: Path, resume: bool = False,
+          epochs: int = 6) -> list:
+    """Epochs of 3 steps; the networks, as dicts of tensors, the rows, and what comes back."""
+    run = Run(out, {"epochs": epochs, "resume": resume})
     run.begin()
-    options = {"epochs": 6, "precision": precision, "log": run.log, "save": run.save,
+    options = {"epochs": epochs, "precision": precision, "log": run.log, "save": run.save,
                "restore": run.restore}
     torch.manual_seed(0)
     first, second = TinyNet(), TinyNet()
@@ -116,6 +117,14 @@ def test_loop_stopped_and_resumed_equals_one_in_a_piece(
     stop_after(calls, method, lambda: train(name, precision, tmp_path / "b"), KeyboardInterrupt)
     assert equal(train(name, precision, tmp_path / "b", resume=True), wanted)
     assert [row["epoch"] for row in wanted[-1]] == [*range(1, len(wanted[-1]) + 1)]
+
+
+@pytest.mark.parametrize("name", ["cass", "dino"])
+def test_finished_loop_trains_on(name: str, tmp_path: Path) -> None:
+    """As if it had never ended: averages are of the last quarter of all epochs."""
+    train(name, torch.float32, tmp_path / "a")
+    longer = train(name, torch.float32, tmp_path / "a", resume=True, epochs=18)
+    assert equal(longer, train(name, torch.float32, tmp_path / "b", epochs=18))
 
 
 # %% the commands
@@ -212,7 +221,7 @@ def test_kill_before_a_file_gets_its_name(file: str, time: int, images: Path,
 @pytest.mark.parametrize("name, epochs", [("cass", "6"), ("dino", "3"), ("finetune", "3")])
 def test_finished_run_trains_on(name: str, epochs: str, images: Path, undisturbed: Callable,
                                 tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Averages are of the last quarter of all epochs; of fine-tuning the best epoch is final."""
+    """But not fine-tuning, of which the best epoch is final."""
     command(name, images, tmp_path, "--epochs", "2")
     before = results(tmp_path)
     assert "a finished run" in sentence(capsys, lambda: command(name, images, tmp_path))
