@@ -72,7 +72,9 @@ def clear_exit(*errors: type[Exception], resumable: bool = False) -> Iterator[No
 
 def command_line() -> str:
     """The command that is running, as it can be typed again."""
-    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    file = Path(sys.argv[0])
+    script = ["-m", f"extras.{file.stem}"] if file.parent.name == "extras" else [file.name]
+    return shlex.join(["python", *script, *sys.argv[1:]])
 
 
 def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -496,7 +498,7 @@ def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str,
             hours = run.rows[0]["seconds"] * 3 * epochs * max(1, images / 256) / 3600
             tqdm.write(f"{epochs} epochs will take about " + (
                 f"{hours / 24:.0f} days; smaller networks and images take less" if hours > 36 else
-                f"{hours:.0f} hours" if hours > 1.5 else f"{60 * hours:.0f} minutes"))
+                f"{hours:.0f} hours" if hours > 1.5 else f"{60 * hours:.0f} min"))
             return
         for sentence in gauges.warnings(row, run.rows[0]):
             tqdm.write(f"warning: {sentence}; {hint}")

@@ -6,9 +6,14 @@ Transformers see differently (Raghu et al. 2021): as arrays and as a picture.
 compares all layers of a run's two networks, on test images, before and after training.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch

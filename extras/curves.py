@@ -7,8 +7,13 @@
 One column a network, one row a quantity, one colour a run; epoch 0 is the untrained network.
 """
 
-import json
+import sys
 from pathlib import Path
+
+if not __package__:  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import json
 
 from PIL import Image
 

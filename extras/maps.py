@@ -7,12 +7,17 @@ As in the paper's figures 3, 4 and 6 to 13 (5.6.6, E.2, E.3). Networks stand sid
 pretraining after their start weights, which are built anew.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np

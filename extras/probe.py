@@ -7,10 +7,15 @@ The first scores the networks of a run; the second runs a pretraining command an
 every fifth epoch to its log. Labels are used to look with: no network is trained on them.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import copy
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn

@@ -6,6 +6,12 @@ Our loops train on real files through the cache; plain loops, written out below,
 networks on batches in memory. All take turns in one process: what slows one down slows all.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import copy
 import ctypes
@@ -17,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch

@@ -11,14 +11,18 @@ run the lines of runs.txt, all of pretraining before the others, such as by
 `grep -v finetune.py runs.txt | xargs -P 2 -L 1 env`, and then make the tables.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import hashlib
 import json
 import shlex
 import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 from data import DataError, read_images, read_split, split_images
 from extras import speed

@@ -53,7 +53,8 @@ def test_a_file_of_ones_own(tmp_path: Path, capsys) -> None:
     assert "gone.py" in sentence(capsys, lambda: notebook.main([str(tmp_path / "gone.py"), *new]))
 
 
-@pytest.mark.parametrize("name", ["audit", "features", "notebook", "prepare", "sample"])
+@pytest.mark.parametrize("name", ["audit", "cka", "curves", "features", "maps", "notebook",
+                                  "prepare", "probe", "sample", "speed", "tables"])
 def test_extras_run_by_their_path_too(name: str) -> None:
     """All begin with the same lines, which one of them is tried with below."""
     files = [ROOT / "extras" / f"{name}.py" for name in (name, "notebook")]
