@@ -305,7 +305,7 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
     write_split(out / "split.csv", images)
     for note in (*images.notes, backbone.origin, f"{device}, {precision}"):
         print(f"note: {note}")
-    views = DinoViews(args.image_size, crops, local_size)
+    views = DinoViews(args.image_size, crops, local_size if crops else None)
     loader = make_loader(ImageRows(images, rows, views, args.seed, cache=cache), args.batch_size,
                          seed=args.seed, drop_last=True, workers=workers)
     torch.manual_seed(args.seed)

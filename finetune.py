@@ -25,6 +25,7 @@ import copy
 import csv
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -430,7 +431,8 @@ def report(run: Any, done: list[dict], images: Any) -> None:
           f"{best['seed']}; timm loads them with")
     for entry in kept:
         print("  " + entry["load"].replace(f"-seed{best['seed']}.pt", ".pt"))
-    print(f"for new images:\n  python finetune.py --predict FOLDER --weights {run.folder}")
+    print("for new images:\n  python finetune.py --predict FOLDER --weights "
+          + shlex.quote(str(run.folder)))
 
 
 # %% the command: predictions
@@ -466,19 +468,22 @@ def write_lines(file: Path, lines: list[dict]) -> None:
         table.writerows(lines)
 
 
-def predicted_images(path: Path, saved: dict) -> Any:
-    """One image, or all below a folder, with their labels if the network knows all of these;
-    `saved` is what a file of weights holds."""
-    from data import DataError, find_images, read_images
+def predicted_images(path: Path, saved: dict, skip_bad: bool) -> tuple[Any, list[int]]:
+    """One image, or all below a folder, and which of them have labels to be scored by: those of a
+    data set whose classes the network knows. `saved` is what a file of weights holds."""
+    from data import DataError, find_images, good_rows, read_images
 
     try:
         images = read_images(path)
-        if not set(images.classes) <= set(saved["classes"]):
-            images = find_images(path)
+        labelled = bool(images.classes) and set(images.classes) <= set(saved["classes"])
     except DataError:  # one file, or no form of a data set, but images all the same
-        images = find_images(path)
-    return replace(images, classes=saved["classes"], multi_label=saved["multi_label"],
-                   window=saved["window"])
+        labelled = False
+    images = images if labelled else find_images(path)
+    images = replace(images, classes=saved["classes"], multi_label=saved["multi_label"],
+                     window=saved["window"])
+    images = good_rows(images) if skip_bad else images
+    known = {row.path for row in images.labelled(images.rows)} if labelled else ()
+    return images, [i for i, row in enumerate(images.rows) if row.path in known]
 
 
 def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
@@ -507,7 +512,6 @@ def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
 
 def run_prediction(args: argparse.Namespace) -> None:
     """Classify a folder of images, and score the answers where it is labelled."""
-    from data import good_rows
     from metrics import score
     from runtime import UserError, load_network, pick_device, write_text
 
@@ -517,8 +521,7 @@ def run_prediction(args: argparse.Namespace) -> None:
         raise UserError(f"{out} is there already; name another folder with --out, or move it away")
     networks = {name: load_network(file, saved["image_size"]).to(device)
                 for name, file in files.items()}
-    images = predicted_images(args.predict, saved)
-    images = good_rows(images) if args.skip_bad else images
+    images, known = predicted_images(args.predict, saved, args.skip_bad)
     for note in images.notes:
         print(f"note: {note}")
     print(f"{len(images.rows)} images; the class is decided by {chosen}"
@@ -527,7 +530,6 @@ def run_prediction(args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_lines(out, list(prediction_lines(arms, chosen, images, images.rows, {})))
     print(f"wrote {len(images.rows)} predictions to {out}")
-    known = [i for i, row in enumerate(images.rows) if row.labels]
     if known:
         truth, scores = images.truth([images.rows[i] for i in known]), {}
         for name, probabilities in with_ensemble(arms).items():
