@@ -97,8 +97,7 @@ def test_the_file_as_it_is_learns_with_both_losses():
         and row["loss"] > 1.5 * whole["loss"]),
     ("detached", lambda row, whole: row["cnn_moved"] == 0 < row["transformer_moved"]
         and row["cnn_cosine"] > 2 * whole["cnn_cosine"]),
-    ("temperature", lambda row, whole: row["loss"] > 0.9 * math.log(PATTERNS)  # chance
-        and row["cnn_rank"] < whole["cnn_rank"] - 1),
+    ("temperature", lambda row, whole: row["loss"] > 0.9 * math.log(PATTERNS)),  # near chance
 ])
 def test_an_edit_moves_the_gauge_that_shows_it(name, seen):
     whole = last_row("nothing, cosine" if EDITS[name][2] == "cass_loss" else "nothing, contrast")
