@@ -18,7 +18,6 @@ import io
 import os
 import posixpath
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -208,8 +207,8 @@ def _read_csv(folder: Path) -> ImageSet:
         path, group, part = (line.get(column.get(key), "") for key in ("image", "group", "split"))
         path = posixpath.normpath(path) if path else "no image"  # ./a.png and a.png are one
         require(path not in rows, f"{where} names {path} again; keep one of the two lines")
-        require(not posixpath.isabs(path),
-                f"{where} names {path}; write it relative to the folder of the table")
+        require(not posixpath.isabs(path) and not path.startswith(".."),
+                f"{where} names {path}; write it relative to the folder of the table, and inside")
         require((folder / path).is_file(), f"{where} names {path}, which is not in {folder}")
         require(not part or part.lower() in PART_NAMES,
                 f"{where} has split {part!r}; it must be train, val or test")
@@ -250,6 +249,7 @@ def split_images(images: ImageSet, *, seed: int = 0,
     """Give a part to every row that has none: with its group (patient) where that has one, else
     by `ratios`, stratified. Parts that the data set names stay (paper, 4.3), but for a missing
     validation part an eighth of training is taken."""
+    require(seed >= 0, f"--split-seed {seed} is below 0")
     home = {row.group: row.split for row in images.rows if row.group and row.split}
     rows = [replace(row, split=row.split or home.get(row.group, "")) for row in images.rows]
     free, parts = [i for i, row in enumerate(rows) if not row.split], PARTS
@@ -435,15 +435,14 @@ def describe(images: ImageSet) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("data.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    from runtime import clear_exit, command_parser
+
+    parser = command_parser("data.py", __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_data_options(parser)
     args = parser.parse_args(argv)
-    try:
+    with clear_exit(DataError):
         print("\n".join(describe(open_images(args))))
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -168,15 +168,15 @@ def evaluate(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]],
 
 def tune_options() -> argparse.ArgumentParser:
     from data import add_data_options
-    from runtime import add_run_options, command_parser, positive
+    from runtime import add_run_options, command_parser, positive, user_path
 
     parser = command_parser("finetune.py", "Fine-tune pretrained networks with few labels, score "
                             "them, predict.")
     add = parser.add_argument
     add_data_options(parser, required=False)
     add_run_options(parser, epochs=50, batch_size=16, lr=3e-4, image_size=None)
-    add("--weights", type=Path, metavar="RUN|FILE", help="a run folder, for all its networks and "
-        "its split, or one file of it; without it --arch is trained from --init, supervised")
+    add("--weights", type=user_path, metavar="RUN|FILE", help="a run folder, for all its networks "
+        "and its split, or one file of it; without it --arch is trained from --init, supervised")
     add("--arch", action="append", help="timm name for training from --init; may be given twice")
     add("--protocol", choices=("full", "linear"), default="full", help="train all weights (paper) "
         "or only a classifier on the frozen network (its first version)")
@@ -188,7 +188,7 @@ def tune_options() -> argparse.ArgumentParser:
         "growing with the class's frequency, which favours the majority; inverse: rare classes")
     add("--schedule", choices=("16", "run"), default="16", help="the rate falls within 16 steps "
         "and rises again (the notebook), or falls once over all --epochs, which suits few labels")
-    add("--predict", type=Path, metavar="FOLDER", help="classify the images of FOLDER, or one "
+    add("--predict", type=user_path, metavar="FOLDER", help="classify the images of FOLDER, or one "
         "image, with fine-tuned --weights, into predictions.csv (in --out, or here)")
     return parser
 
@@ -218,6 +218,8 @@ def tuned_images(args: argparse.Namespace, file: Path | None) -> Any:
 
     if args.data is None:
         raise UserError("--data names the folder of labelled images (--predict one to classify)")
+    if args.batch_size < 2:
+        raise UserError("--batch-size 1 is too small for batch norm; take 2 or more")
     if args.labels > 1:
         raise UserError(f"--labels {args.labels:g} is no share: 1 stands for all of them")
     images, split = read_images(args.data), file and file.parent / "split.csv"

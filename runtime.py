@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -94,7 +95,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size:
     rate = f"{lr:g}" if lr else "1e-3, the paper's; 3e-4 with --loss contrast"
     size = f"{image_size}, the paper's" if image_size else "as in pretraining, else the paper's 384"
     add = parser.add_argument
-    add("--out", type=Path, help="run folder (default: runs/<method>-<data set>)")
+    add("--out", type=user_path, help="run folder (default: runs/<method>-<data set>)")
     add("--epochs", type=positive(int), default=epochs, help=f"passes over the data ({epochs})")
     add("--batch-size", type=positive(int), default=batch_size,
         help=f"images a step ({batch_size})")
@@ -104,15 +105,28 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size:
     add("--init", default="imagenet", metavar="imagenet|random|FOLDER",
         help="start weights: through timm (the paper's: %(default)s), random, or a folder of files "
              "named like the model; cass.py takes two for its two arms, joined by a comma")
-    add("--seed", type=int, default=0, help="drives weights, order and augmentation (0)")
+    add("--seed", type=seed_number, default=0,
+        help="drives weights, order and augmentation (0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (%(default)s)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="auto: bf16 where the processor multiplies in it, else fp16 on a GPU, fp32 on a CPU")
     add("--workers", type=int, help="loader processes; any number gives the same bits (1 beside a "
         "CPU, where more would fight with training, and up to 8 beside a GPU)")
-    add("--cache", type=Path, metavar="DIR", help="keep the resized images there, in one file of 3 "
-        "bytes a pixel; results are the same to the bit")
+    add("--cache", type=user_path, metavar="DIR", help="keep resized images there, in one file "
+        "of 3 bytes a pixel; results are the same to the bit")
     add("--resume", action="store_true", help="go on from the last checkpoint of this run")
+
+
+def user_path(text: str) -> Path:
+    """An argparse type: a path; a shell leaves the ~ of --out=~/x as it is."""
+    return Path(text).expanduser()
+
+
+def seed_number(text: str) -> int:
+    """An argparse type: what torch and numpy both take as a seed."""
+    if not 0 <= int(text) < 2 ** 32:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^32 - 1")
+    return int(text)
 
 
 def positive(kind: type) -> Callable[[str], Any]:
@@ -132,7 +146,7 @@ def pick_device(name: str) -> torch.device:
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
     try:
-        torch.empty(1, device=name)
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} can't be used on this machine; try --device cpu "
                         f"({str(error).splitlines()[0]})") from None
@@ -172,21 +186,18 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
     The model carries `.image_size`, `.fixed_size` (was it built for that size alone) and
     `.origin`, a line on where its weights are from. Raises `UserError`.
     """
-    known = {*timm.list_models(), *timm.list_pretrained()}  # without a tag, and with
-    if name not in known:
-        near = difflib.get_close_matches(name, sorted(known), 4, 0.5)
-        raise UserError(f"timm {timm.__version__} knows no model {name!r}"
-                        + f"; the nearest names are {', '.join(near)}" * bool(near))
+    check_name(name)
     create = partial(_create, name, image_size, seed, dynamic)
     if init == "random":
         return create(outputs)
     if init == "imagenet":
         return _with_weights(create, outputs, None, f"timm's ImageNet weights of {name}")
-    if not Path(init).is_dir():
+    folder = user_path(init)
+    if not init or not folder.is_dir():
         raise UserError(f"--init {init} is no folder; the other starts are imagenet and random")
     for stem in (name, name.split(".")[0]):
         for ending in (".safetensors", ".pt", ".pth", ".bin"):
-            if (file := Path(init, stem + ending)).is_file():
+            if (file := folder / f"{stem}{ending}").is_file():
                 return _with_weights(create, outputs, read_weights(file), file)
     raise UserError(f"--init {init} holds no weights for {name}: put {name}.safetensors there")
 
@@ -196,8 +207,18 @@ def load_network(file: Path, image_size: int, outputs: int | None = None,
     """The network in `file`, for images of `image_size`; with `outputs`, under a new random head
     of that many classes. Every other weight must be there and fit. Raises `UserError`."""
     saved = read_network(file)
+    check_name(saved["arch"])
     create = partial(_create, saved["arch"], image_size, seed, False)
     return _with_weights(create, outputs, saved["state_dict"], file)
+
+
+def check_name(name: str) -> None:
+    """Raise `UserError` if timm has no such model."""
+    known = {*timm.list_models(), *timm.list_pretrained()}  # without a tag, and with
+    if name not in known:
+        near = difflib.get_close_matches(name, sorted(known), 4, 0.5)
+        raise UserError(f"timm {timm.__version__} knows no model {name!r}"
+                        + f"; the nearest names are {', '.join(near)}" * bool(near))
 
 
 def _create(name: str, image_size: int, seed: int, dynamic: bool, outputs: int | None,
@@ -249,7 +270,7 @@ def _with_weights(create: Callable[..., nn.Module], outputs: int | None,
     if weights is None:
         reach_hub()
     else:
-        weights = without_prefix(weights, next(iter(model.state_dict())))
+        weights = without_prefix(weights, list(model.state_dict()))
         classes = next((len(x) for key, x in weights.items() if key.startswith(heads)), 0)
         overlay = {"state_dict": weights, "num_classes": classes, "label_offset": 0}
     try:  # with as many classes as the weights have, timm insists on every tensor
@@ -261,6 +282,9 @@ def _with_weights(create: Callable[..., nn.Module], outputs: int | None,
         raise UserError(f"{origin} can't be loaded as this network: "
                         f"{' '.join(str(error).split())[:200]}") from None
     found, own = source.state_dict(), {}
+    bad = [key for key, x in found.items() if not torch.isfinite(x).all()]
+    if bad:
+        raise UserError(f"{origin} can't be trained from: {bad[0]} holds nan or infinity")
     if outputs is None:
         model = source
     else:
@@ -284,6 +308,16 @@ def reach_hub() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
+def read_tensors(file: Path, **options: Any) -> Any:
+    """`torch.load` of tensors and plain values, which runs no code; and, what it leaves out, with
+    the checksums of the file compared. Raises many kinds of errors for a file that is none."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip():
+                raise ValueError(f"{file} is damaged")
+    return torch.load(file, map_location="cpu", weights_only=True, **options)
+
+
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors in a file of weights, out of their usual wrappers. Runs no code in it."""
     try:
@@ -291,11 +325,11 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file  # comes with timm
             state = load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = read_tensors(file)
     except Exception as error:  # torch raises many kinds for a file that is something else
         raise UserError(f"{file} can't be read as weights ({type(error).__name__}): it is damaged, "
                         "a Git LFS pointer, or holds code; save a state_dict() there") from None
-    for wrapper in ("state_dict", "model", "teacher", "student"):
+    for wrapper in ("teacher", "student", "model_ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not any(isinstance(x, Tensor) for x in state.values()):
@@ -303,19 +337,21 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return {str(key): x for key, x in state.items() if isinstance(x, Tensor)}
 
 
-def without_prefix(weights: dict[str, Tensor], first: str) -> dict[str, Tensor]:
-    """The weights without what stands before `first`, such as `module.` or `encoder.`, and only
-    those that begin so."""
-    named = [key for key in weights if f".{key}".endswith(f".{first}")]
-    prefix = min(named, key=len, default=first).removesuffix(first)
+def without_prefix(weights: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The weights without what stands before all `names` of a model's tensors, such as `module.`
+    or `encoder.`, and only those that begin so."""
+    prefixes = [key.removesuffix(name) for name in names[:1] for key in weights
+                if f".{key}".endswith(f".{name}")]
+    prefix = max(["", *prefixes], key=lambda start: sum(start + name in weights for name in names))
     return {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
 
 
 def read_network(file: Path) -> dict:
     """What `Run.save_network` wrote: "arch", "num_classes", "state_dict" and so on."""
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        assert {"arch", "num_classes", "image_size", "fixed_size", "classes"} <= set(saved)
+        saved = read_tensors(file, mmap=True)
+        assert {"arch", "num_classes", "image_size", "fixed_size", "classes", "multi_label",
+                "state_dict"} <= set(saved)
         return {"window": None} | saved
     except Exception:  # torch raises many kinds for a file that is something else
         raise UserError(f"{file} is not there, or no network written by cass.py, dino.py or "
@@ -379,8 +415,15 @@ class Run:
                        "versions": {"python": sys.version.split()[0], **versions}}
         old, made = {}, {}
         if (folder / "config.json").is_file():
-            old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            made = old["options"]
+            try:
+                old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                made = dict(old["options"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{folder / 'config.json'} is damaged; choose another --out, or "
+                                "remove that folder") from None
+        elif any(folder.glob("checkpoint*.pt")):
+            raise UserError(f"{folder} holds a checkpoint but no config.json; choose another "
+                            "--out, or move it away")
         begun = any(folder.glob("checkpoint*.pt"))
         grows = (folder / "checkpoint.pt").is_file() and options["epochs"] > made.get("epochs", 0)
         self.resuming = bool(options["resume"] and old and begun)
@@ -413,18 +456,20 @@ class Run:
         files = [file for file in files if self.resuming and file.is_file()]
         for file in files:
             try:
-                state = torch.load(file, map_location="cpu", weights_only=True)
+                state = read_tensors(file)
+                if "history" not in state:
+                    raise UserError(f"{file} is of an older version and can't be gone on with; "
+                                    "choose another --out, or remove that folder")
+                for part, value in zip(parts, state["parts"], strict=True):
+                    part.load_state_dict(value)
+                torch.set_rng_state(state["random"][0])
+                for number, value in enumerate(state["random"][1:]):
+                    torch.cuda.set_rng_state(value, number)
+            except UserError:
+                raise
             except Exception:  # torch raises many kinds for a damaged file
                 print(f"{file} can't be read; looking for the one before it", file=sys.stderr)
                 continue
-            if "history" not in state:
-                raise UserError(f"{file} is of an older version and can't be gone on with; choose "
-                                "another --out, or remove that folder")
-            for part, value in zip(parts, state["parts"], strict=True):
-                part.load_state_dict(value)
-            torch.set_rng_state(state["random"][0])
-            for number, value in enumerate(state["random"][1:]):
-                torch.cuda.set_rng_state(value, number)
             for row in state["rows"][len(self.rows):]:
                 self._show(row)
             return state["history"]

@@ -71,6 +71,8 @@ def refused(capsys, root: Path, command: str, more: str, words: str) -> None:
 EVERYWHERE = [
     ("--data nowhere", "nowhere is not a folder"), ("--data set/cat/0.png", "is not a folder"),
     ("--data text", "text holds no images & 1 .txt"),
+    ("--seed -1", "--seed & -1"), ("--seed 9999999999", "--seed"), ("--split-seed -1", "below 0"),
+    ("--device meta", "--device meta"), ("--batch-size 1", "--batch-size 1"),
     ("--image-size 40", "--image-size 40 & no multiple & test_vit & 16 & 32 is"),
     ("--image-size 8", "--image-size 8 & 16 is"), ("--image-size -32", "--image-size & -32"),
     ("--image-size 1e2", "--image-size & '1e2'"), ("--device gpu", "--device gpu & --device cpu"),

@@ -1,6 +1,7 @@
 """runtime.py: one clear exit, start weights of every make, and the folder that a run leaves."""
 
 import json
+import math
 import os
 import pickle
 import resource
@@ -356,3 +357,35 @@ def test_saved_network_is_loaded_by_timm_and_by_us(name: str, size: int, tmp_pat
     if name == "test_vit":
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], (2, 2))
     assert equal(load_network(tmp_path / "cnn.pt", 32).state_dict(), state)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    """`torch.load` compares no checksums."""
+    file = tmp_path / "test_resnet.pt"
+    torch.save(CNN, file)
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(UserError, match="test_resnet.pt can't be read"):
+        build_model("test_resnet", str(tmp_path), 32)
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    first = next(iter(CNN))
+    torch.save(CNN | {first: CNN[first] * math.nan}, tmp_path / "test_resnet.pt")
+    with pytest.raises(UserError, match=f"{first} holds nan"):
+        build_model("test_resnet", str(tmp_path), 32)
+
+
+@pytest.mark.parametrize("wrap", [lambda w: {"model_ema": w},
+                                  lambda w: {"model": {"state_dict": w}}])
+def test_wrappers_in_wrappers(wrap, tmp_path: Path) -> None:
+    torch.save(wrap(CNN), tmp_path / "test_resnet.pt")
+    assert equal(build_model("test_resnet", str(tmp_path), 32).state_dict(), CNN)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
+def test_a_damaged_config(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json is damaged"):
+        Run(tmp_path, {"epochs": 1, "resume": False})
