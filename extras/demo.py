@@ -1,95 +1,143 @@
-"""The whole story, small: synthetic images, CASS with both losses, DINO, supervised; fine-tuning; table and figures.
+"""The whole story in about two minutes: synthetic slides, both losses, few labels, predictions.
 
-    python -m extras.demo --quick     # under 3 minutes on 2 CPU cores
-    python -m extras.demo             # under 10
+    python -m extras.demo
 
-It draws the sample set of `extras/sample.py` and runs this project's own commands on it with two
-small networks from random weights at 96 pixels. The images are synthetic and the runs short: read
-its numbers as a rehearsal, not as a result.
+It runs this project's own commands on the sample set of `extras/sample.py`, with two small networks
+from random weights. What each command prints goes into a log beside its run. The images are
+invented and the runs short: read its numbers as a rehearsal, not as a result.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import contextlib
+import csv
 import json
 import shlex
 import time
-from pathlib import Path
+
+import torch
 
 import cass
-import data
-import dino
 import finetune
 from extras import curves, maps, sample
-from runtime import Options
+from extras.pictures import grid, words
+from images import load_image
+from runtime import UserError, clear_exit, command_parser
 
-CNN, TRANSFORMER = "resnet10t", "test_vit"
+ARMS = "--cnn resnet10t --transformer test_vit"
+SETTING = "--init random --image-size 64 --batch-size 32"
+GAUGES = ("loss", "cnn_cosine", "cnn_rank", "transformer_cosine", "transformer_rank")
 
 
-def step(title: str, look: str, command, arguments: str) -> None:
-    """Say what comes and what to look at, show the command as a user would type it, run it."""
+def run(command, arguments: str, log: Path) -> None:
+    """Show a command as a user would type it, and run it with its output in a file."""
     name = command.__name__
-    print(f"\n== {title}\n   {look}\n$ python {f'-m {name}' if '.' in name else f'{name}.py'} {arguments}", flush=True)
-    command.main(shlex.split(arguments))
+    start = f"python -m {name}" if "." in name else f"python {name}.py"
+    print(f"$ {start} {arguments}", flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        command.main(shlex.split(arguments))
 
 
-def tell_story(folder: Path, quick: bool) -> None:
+def show_log(folder: Path) -> None:
+    """Five rows of a pretraining run's log."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    print("   epoch" + "".join(f"{name:>20}" for name in GAUGES))
+    for row in [*rows[:3], rows[len(rows) // 2], rows[-1]]:
+        cells = ["-" if row[name] is None else f"{row[name]:.3f}" for name in GAUGES]
+        print(f"   {row['epoch']:5d}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+def sheet(images: Path, captions: dict[str, str], file: Path) -> None:
+    """Images with a caption below each, four in a row, as a PNG."""
+    tiles = []
+    for path, caption in captions.items():
+        image = load_image(images / path).resize((200, 200))
+        tiles.append(grid([[image], [words(caption, 200, 12)]], 2))
+    grid([tiles[i:i + 4] for i in range(0, len(tiles), 4)]).save(file)
+    print(f"   look at {file}")
+
+
+def tell_story(folder: Path, full: bool) -> None:
     """Run everything into `folder`."""
-    images, arms = folder / "autoimmune", f"--arch {CNN} --arch {TRANSFORMER}"
-    cass_epochs, dino_epochs, epochs, shares = (4, 1, 6, ("1",)) if quick else (15, 5, 16, ("0.1", "1"))
-    shared = f"--data {images} --init random --image-size 96 --seed 0 --overwrite"
+    images, data = folder / "slides", f"--data {folder / 'slides'} --cache {folder / 'cache'}"
+    print("\n1. The images: 300 invented slides of seven patients, cells in five stains")
     if not (images / "labels.csv").exists():
-        step("Images", "198 synthetic slides from 7 patients, a stand-in for the paper's biopsies.", sample, f"{images}")
-    step("How they are read", "Patients are kept together: none has images in two parts.", data, f"--data {images}")
-    for loss, look in (
-            ("cosine", "The loss falls. Look at cosine: at 1.000 all images give the same output, and the low loss means "
-                       "nothing."),
-            ("contrast", "Not the paper's: each image must recognise its own output by the other arm. Look at cosine again.")):
-        step(f"CASS, --loss {loss}: two networks pull each other's outputs together, without labels", look, cass,
-             f"{shared} --loss {loss} --cnn {CNN} --transformer {TRANSFORMER} --epochs {cass_epochs} --probe-every {max(1, cass_epochs // 5)} "
-             f"--out {folder / loss}")
-    step("The two losses over the epochs", "Look at curves.png: the left-out half of the story of a falling loss.", curves,
-         f"{folder / 'cosine'} {folder / 'contrast'} --out {folder / 'curves.png'}")
-    step("DINO, one network after the other", "Two passes for two networks, and more work an image (a small output layer "
-         "here: 1,024 instead of 65,336).", dino,
-         f"{shared} {arms} --epochs {dino_epochs} --out-dim 1024 --out {folder / 'dino'}")
-    tuned = {}
-    for share in shares:
-        for name, start in (("CASS, cosine", f"--weights {folder / 'cosine'}"),
-                            ("CASS, contrast", f"--weights {folder / 'contrast'}"),
-                            *((f"DINO, {arch}", f"--weights {folder / 'dino' / arch}") for arch in (CNN, TRANSFORMER)),
-                            ("supervised", arms)):
-            tuned[name, share] = folder / f"tuned-{name.replace(', ', '-').lower()}-{share}"
-            step(f"Fine-tuning with {float(share):.0%} of the labels: {name}", "Look at AUROC too: 0.5 is chance. 'chosen' is "
-                 "what validation picks, 'oracle' what hindsight would.", finetune,
-                 f"{start} {shared} --epochs {epochs} --labels {share} --out {tuned[name, share]}")
-    print("\n== The table\n   One seed and 40 or so test images: differences of a few points are chance.")
-    print("\n".join(summary(tuned)))
-    step("Figures", "Does attention look at cells? Do pretrained filters differ from random ones?", maps,
-         f"--weights {folder / 'contrast'} --weights {tuned['supervised', '1']} --image {images}/images/synthetic-002.tif "
-         f"--data {images} --average 30 --cka --out {folder / 'maps'}")
-    step("Predictions for images without labels", "predictions.csv: one line an image; a flag where the arms disagree.",
-         finetune, f"--predict {images} --weights {tuned['CASS, contrast', '1']} --out {folder} --overwrite")
-
-
-def summary(tuned: dict[tuple[str, str], Path]) -> list[str]:
-    """Test scores of the fine-tuned runs, read from their `result.json`."""
-    lines = [f"{'pretraining':22}{'labels':>8}   {'arm':14}{'pooled F1':>10}{'AUROC':>8}"]
-    for (name, share), run in tuned.items():
-        for arm, scores in json.loads((run / "result.json").read_text(encoding="utf-8"))["seeds"][0]["arms"].items():
-            lines.append(f"{name:22}{float(share):8.0%}   {arm:14}{scores['test']['headline']:10.3f}"
-                         f"{scores['test']['auroc']['macro'] or float('nan'):8.3f}")
-    return lines
+        run(sample, f"{images} --images 300", folder / "sample.log")
+    with open(images / "labels.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    names = [name for name in lines[0] if name not in ("image", "group")]
+    labels = {line["image"]: "|".join(name for name in names if line[name] == "1")
+              for line in lines}
+    sheet(images, dict(list(labels.items())[:8]), folder / "slides.png")
+    for number, loss, meaning in (
+            (2, "cosine", "The paper's loss from random weights. It falls, and cosine goes to 1: "
+             "every\n   image gets the same output, so the low loss means nothing."),
+            (3, "contrast", "Same networks, same images; each image must recognise its own output "
+             "among\n   others. Outputs of different images move apart: cosine falls.")):
+        print(f"\n{number}. {meaning}")
+        run(cass, f"{data} {SETTING} {ARMS} --loss {loss} --epochs 12 --out {folder / loss}",
+            folder / f"{loss}.log")
+        show_log(folder / loss)
+    run(curves, f"{folder / 'cosine'} {folder / 'contrast'} --gauges loss cosine rank "
+        f"--out {folder / 'curves.png'}", folder / "curves.log")
+    print("\n4. A tenth of the labels, drawn three times: a linear classifier on what was learned,\n"
+          "   beside networks trained from scratch (macro F1 on test patients)")
+    few = f"{data} {SETTING} --labels 0.1 --seeds 3 --schedule run --epochs 20"
+    starts = {"contrast": f"--weights {folder / 'contrast'} --protocol linear --lr 5e-3",
+              "cosine": f"--weights {folder / 'cosine'} --protocol linear --lr 5e-3",
+              "scratch": "--arch resnet10t --arch test_vit --lr 1e-3"}
+    table = []
+    for name, start in starts.items():
+        out = folder / f"few-{name}"
+        run(finetune, f"{few} {start} --out {out}", folder / f"few-{name}.log")
+        result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        scores = [result["mean_sd_n"][arm]["macro F1"] for arm in list(result["mean_sd_n"])[:2]]
+        table.append(f"   {name:24}" + "".join(f"{m:10.3f} +-{sd:.3f}" for m, sd, _ in scores))
+    guess = result["guess"]["threshold_0.5"]["f1_macro"]
+    print(f"   {'':24}{'CNN':>17}{'Transformer':>17}", *table,
+          f"   {'always the same answer':24}{guess:10.3f}{guess:17.3f}", sep="\n")
+    print("\n5. Answers for images, with a mark where the two networks disagree")
+    (folder / "answers" / "predictions.csv").unlink(missing_ok=True)
+    run(finetune, f"--predict {images} --weights {folder / 'few-contrast'} "
+        f"--out {folder / 'answers'}", folder / "answers.log")
+    with open(folder / "answers" / "predictions.csv", encoding="utf-8") as file:
+        answers = list(csv.DictReader(file))[:8]
+    sheet(images, {line["image"]: f"truth: {line['truth']}\nanswer: {line['class']}"
+                   + "\n(the arms disagree)" * (line["arms disagree"] == "yes")
+                   for line in answers}, folder / "answers.png")
+    if full:
+        print("\n6. Where the Transformer looks, and what the CNN's first layers see")
+        first = next(iter(labels))
+        run(maps, f"--weights {folder / 'contrast'} --image {images / first} --image-size 384 "
+            f"--out {folder / 'maps'}", folder / "maps.log")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Options("python -m extras.demo", "The whole story on synthetic images, small.")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where to (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="fewer epochs, full labels only: under 3 minutes")
+    parser = command_parser("python -m extras.demo", "The whole story on synthetic images.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="a new folder "
+                        "(default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="feature maps and attention too")
     args = parser.parse_args(argv)
-    if any(letter.isspace() for letter in str(args.out)):
-        parser.error(f"--out {args.out} has a blank in it, which the commands shown could not be typed with")
     begun = time.perf_counter()
-    tell_story(args.out, args.quick)
-    print(f"\nThe demo took {(time.perf_counter() - begun) / 60:.1f} minutes; everything is in {args.out}.")
+    torch.set_num_threads(1)  # networks this small gain nothing by more
+    with clear_exit():
+        if any(letter.isspace() for letter in str(args.out)):
+            raise UserError(f"--out {args.out} has a blank in it; the commands shown could not "
+                            "be typed with it")
+        if (args.out / "cosine").exists():
+            raise UserError(f"{args.out} holds a demo already; choose another --out, or remove it")
+        tell_story(args.out, args.full)
+    print("\nYour own folder of images:\n"
+          "  python data.py --data DIR\n  python cass.py --data DIR --epochs 100\n"
+          "  python finetune.py --data DIR --weights runs/cass-DIR --labels 0.1\n"
+          "  python finetune.py --predict NEW --weights runs/finetune-cass-DIR-0.1\n"
+          f"{(time.perf_counter() - begun) / 60:.1f} minutes; everything is in {args.out}.")
 
 
-if __name__ == "__main__" and "__file__" in globals():
+if __name__ == "__main__":
     main()
