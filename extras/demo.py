@@ -17,6 +17,7 @@ import contextlib
 import csv
 import json
 import shlex
+import textwrap
 import time
 
 import torch
@@ -37,7 +38,9 @@ def run(command, arguments: str, log: Path) -> None:
     """Show a command as a user would type it, and run it with its output in a file."""
     name = command.__name__
     start = f"python -m {name}" if "." in name else f"python {name}.py"
-    print(f"$ {start} {arguments}", flush=True)
+    lines = textwrap.wrap(f"$ {start} {arguments}", 96, subsequent_indent="      ",
+                          break_long_words=False, break_on_hyphens=False)
+    print(" \\\n".join(lines), flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         command.main(shlex.split(arguments))
@@ -85,7 +88,7 @@ def tell_story(folder: Path, full: bool) -> None:
         show_log(folder / loss)
     run(curves, f"{folder / 'cosine'} {folder / 'contrast'} --gauges loss cosine rank "
         f"--out {folder / 'curves.png'}", folder / "curves.log")
-    print("\n4. A tenth of the labels, drawn three times: a linear classifier on what was learned,\n"
+    print("\n4. A tenth of the labels, drawn three times: a linear classifier on features,\n"
           "   beside networks trained from scratch (macro F1 on test patients)")
     few = f"{data} {SETTING} --labels 0.1 --seeds 3 --schedule run --epochs 20"
     starts = {"contrast": f"--weights {folder / 'contrast'} --protocol linear --lr 5e-3",
@@ -101,7 +104,7 @@ def tell_story(folder: Path, full: bool) -> None:
     guess = result["guess"]["threshold_0.5"]["f1_macro"]
     print(f"   {'':24}{'CNN':>17}{'Transformer':>17}", *table,
           f"   {'always the same answer':24}{guess:10.3f}{guess:17.3f}", sep="\n")
-    print("\n5. Answers for images, with a mark where the two networks disagree")
+    print("\n5. Answers for eight slides (some trained on); marked where the arms disagree")
     (folder / "answers" / "predictions.csv").unlink(missing_ok=True)
     run(finetune, f"--predict {images} --weights {folder / 'few-contrast'} "
         f"--out {folder / 'answers'}", folder / "answers.log")
