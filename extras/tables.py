@@ -4,29 +4,25 @@
     python -m extras.tables T4 --data ./brain-mri --size small --seeds 3
     python -m extras.tables T4 --data ./brain-mri --print > runs.txt
 
-The tables are plain dicts in `extras/paper.py`; add a row by adding a dict. Each of their runs is a
-command of this project, in a folder named by a digest of its options and images: tables share runs,
-and a sweep that was stopped goes on where it was. To share the runs out over processes or machines,
-run the lines of runs.txt, all of pretraining before the others, such as by
+The tables are plain dicts in `extras/paper.py`. Each of their runs is a command of this project, in
+a folder named by a digest of its options and images: tables share runs, and a sweep that was
+stopped goes on where it was. To share the runs out over processes or machines, run the lines of
+runs.txt, all of pretraining before the others, such as by
 `grep -v finetune.py runs.txt | xargs -P 2 -L 1 env`, and then make the tables.
 """
-
-import sys
-from pathlib import Path
-
-if not __package__:  # run by its path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import hashlib
 import json
 import shlex
 import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 from data import DataError, read_images, read_split, split_images
 from extras import speed
-from extras.paper import ARMS, ISIC, SIZES, SMALL, SMALL_TIMED, TABLES
+from extras.paper import ARMS, ISIC, SIZES, SMALL, SMALL_TIMED, TABLES, TIMES
 from metrics import mean_and_spread
 from runtime import UserError, clear_exit, command_parser, pick_device, positive, write_text
 
@@ -42,33 +38,31 @@ def typed(options: dict) -> list[str]:
 def runs_of(row: dict, seed: int, args: argparse.Namespace) -> dict[Path, list[str]]:
     """The runs a row needs with one seed, in order: {folder: script and options}. Equal options
     and images give equal folders."""
-    size, own = args.setup, dict(row.get("options", {}))
+    size, own, runs = args.setup, dict(row["options"]), {}
     arms = {arm: own.pop(arm, name) for arm, name in ARMS.items()}
     if args.size == "small":
         arms = {arm: SMALL[name] for arm, name in arms.items()}
     arch = arms.get(row["arm"], "")
     start = {"init": own.pop("init", "START").replace("START", size["init"]),
              "epochs": max(1, round(size["epochs"] * own.pop("epochs", 1)))}
-    common = {"image_size": size["image_size"], "seed": seed, "precision": args.precision}
     tuning = {"labels": row["labels"], "epochs": size["tuning"], "schedule": args.schedule}
-    runs = {}
 
     def add(script: str, name: str, options: dict, weights: Path | None = None) -> Path:
-        words = [script, *typed(common | options)]
+        options |= {"image_size": size["image_size"], "seed": seed, "precision": args.precision}
+        words = [script, *typed(options)]
         digest = hashlib.sha256(" ".join([args.images, name, *words]).encode()).hexdigest()[:10]
         folder = args.folder / f"seed{seed}" / f"{name}-{digest}"
-        shared = {"weights": weights, "data": args.data, "split_file": args.split_file,
-                  "cache": args.cache, "device": args.device, "workers": args.workers}
-        runs[folder] = words + typed(shared | {"out": folder}) + ["--resume"]
+        runs[folder] = words + args.shared + typed({"weights": weights, "out": folder})
         return folder
 
     if row["method"] == "supervised":
         add("finetune.py", f"supervised-{arch}", tuning | {"init": start["init"], "arch": arch})
+        return runs
+    if row["method"] == "CASS":
+        folder = add("cass.py", "cass", start | arms | own)
     else:
-        dino = start | {"arch": arch, "out_dim": size["out_dim"]}
-        folder = (add("cass.py", "cass", start | arms | own) if row["method"] == "CASS" else
-                  add("dino.py", f"dino-{arch}", dino))
-        add("finetune.py", f"{folder.name}-tuned", tuning, folder)
+        folder = add("dino.py", f"dino-{arch}", start | {"arch": arch, "out_dim": size["out_dim"]})
+    add("finetune.py", f"{folder.name}-tuned", tuning, folder)
     return runs
 
 
@@ -90,36 +84,32 @@ def finished(folder: Path) -> bool:
 # %% the numbers of a table
 
 
-def fill(row: dict, args: argparse.Namespace, metric: str) -> dict:
-    """The row with its `words` and its `seeds`: {seed: numbers} from result.json and log.jsonl, of
-    those whose runs are finished."""
-    seeds, name = {}, row.get("name") or row["method"]
-    for seed in range(args.seeds):
-        *pretrained, tuned = runs_of(row, seed, args)
-        if not finished(tuned):
-            continue
-        result = json.loads((tuned / "result.json").read_text(encoding="utf-8"))
-        one = result["seeds"][0]
-        arm = one["chosen"] if row["arm"] == "chosen" else row["arm"]
-        test = one["arms"].get(arm, next(iter(one["arms"].values())))["test"]  # DINO has one
-        rule = "threshold_0.5" if metric == "f1_pooled" or test["multi_label"] else "argmax"
-        seeds[seed] = {"score": test["headline"], metric: test[rule][metric],
-                       "guess": result.get("guess", {}).get("headline")}
-        for folder in pretrained:
-            log = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
-            arm = "backbone" if row["method"] == "DINO" else row["arm"]
-            seeds[seed] |= {key: log[-1].get(f"{arm}_{key}") for key in ("cosine", "rank")}
-            seeds[seed]["hours"] = sum(line["seconds"] for line in log) / 3600
-    return row | {"words": [name, row["arm"], f"{row['labels']:.0%}"], "seeds": seeds}
+def numbers_of(row: dict, seed: int, args: argparse.Namespace, metric: str) -> dict[str, float]:
+    """What a row reached with one seed, from result.json and log.jsonl; {} before it is done."""
+    *pretrained, tuned = runs_of(row, seed, args)
+    if not finished(tuned):
+        return {}
+    result = json.loads((tuned / "result.json").read_text(encoding="utf-8"))
+    one = result["seeds"][0]
+    arm = one["chosen"] if row["arm"] == "chosen" else row["arm"]
+    test = one["arms"].get(arm, next(iter(one["arms"].values())))["test"]  # some have one arm only
+    rule = "threshold_0.5" if metric == "f1_pooled" or test["multi_label"] else "argmax"
+    numbers = {"score": test["headline"], metric: test[rule][metric],
+               "guess": result["guess"]["headline"]}
+    for folder in pretrained:
+        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        log = [json.loads(line) for line in lines]
+        arm = "backbone" if row["method"] == "DINO" else row["arm"]
+        numbers |= {gauge: log[-1].get(f"{arm}_{gauge}") for gauge in ("cosine", "rank")}
+        numbers["hours"] = sum(line["seconds"] for line in log) / 3600
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
-def summary(row: dict, column: str) -> list[float]:
-    """[mean, spread] over seeds, [the number] of a single one, or []."""
-    numbers = [one[column] for one in row["seeds"].values() if one.get(column) is not None]
-    return [x for x in mean_and_spread(numbers)[:2] if x is not None] if numbers else []
-
-
-# %% a finished table
+def shown(row: dict, column: str, form: str = ".3f") -> str:
+    """The mean over seeds as text, with ± its spread; "" without numbers."""
+    numbers = [one[column] for one in row["seeds"].values() if column in one]
+    pair = mean_and_spread(numbers)[:2] if numbers else ()
+    return "±".join(f"{number:{form}}" for number in pair if number is not None)
 
 
 def markdown(columns: list[str], lines: list[list[str]]) -> list[str]:
@@ -133,42 +123,19 @@ def score_lines(rows: list[dict], metric: str) -> list[str]:
     labels, the score of one answer for every image."""
     lines, guesses = [], {}
     for row in rows:
-        cells = ["±".join(f"{x:.3f}" for x in summary(row, key)) for key in ("score", metric)]
-        cells.append("±".join(map(str, row["paper"] or ())))
-        for key, form in (("cosine", ".3f"), ("rank", ".1f"), ("hours", ".1f")):
-            cells.append("".join(f"{mean:{form}}" for mean in summary(row, key)[:1]))
-        lines.append(row["words"] + cells)
-        for mean in summary(row, "guess")[:1]:
-            share = row["words"][2]
-            guesses[share] = ["always the same answer", "", share, f"{mean:.3f}", *[""] * 5]
+        words = [row["name"], row["arm"], f"{row['labels']:.0%}"]
+        means = [shown(row, "cosine"), shown(row, "rank", ".1f"), shown(row, "hours", ".1f")]
+        means = [mean.split("±")[0] for mean in means]
+        lines.append([*words, shown(row, "score"), shown(row, metric), row["paper"], *means])
+        if guess := shown(row, "guess").split("±")[0]:
+            guesses[words[2]] = ["always the same answer", "", words[2], guess, *[""] * 5]
     columns = ["method", "arm", "labels", "score", metric, "paper", "cosine", "rank", "hours"]
     return markdown(columns, [*lines, *guesses.values()])
 
 
-def compared_lines(rows: list[dict], metric: str) -> list[str]:
-    """Each of CASS's rows minus each method in the paper's own form, and the gain over DINO (paper,
-    G.0.3): points, the sum of both arms."""
-    plain = {(r["method"], r["arm"], r["labels"]): r for r in rows if not r.get("options")}
-    lines, gains, methods = [], [], ("CASS", "DINO", "supervised")
-    for row in rows:
-        others = [plain.get((method, row["arm"], row["labels"]), row) for method in methods]
-        cells = [difference(row, other) for other in others]
-        if row["method"] == "CASS" and any(cells):
-            lines.append(row["words"] + cells)
-    for labels in sorted({row["labels"] for row in rows}):
-        four = [plain.get((method, arm, labels)) for method in methods[:2] for arm in ARMS]
-        if all(row and row["seeds"] and not row.get("name") for row in four):
-            ours, papers = [summary(row, metric)[0] for row in four], [r["paper"][0] for r in four]
-            own, its = (100 * (sum(x[:2]) - sum(x[2:])) for x in (ours, papers))
-            gains += ["", f"Gain of CASS over DINO, {labels:.0%} of the labels, both arms: "
-                      f"{own:+.2f} points; the paper's: {its:+.2f}."]
-    columns = ["paired by seed", "arm", "labels", *(f"minus {method}" for method in methods)]
-    return markdown(columns, lines) + gains
-
-
-def difference(row: dict, other: dict) -> str:
+def difference(row: dict, other: dict | None) -> str:
     """Mean difference of the score, paired by seed, ± its standard error (and their ratio)."""
-    seeds = [seed for seed in row["seeds"] if seed in other["seeds"] and other is not row]
+    seeds = row["seeds"].keys() & other["seeds"].keys() if other and other is not row else ()
     if len(seeds) < 2:
         return ""
     gaps = [row["seeds"][seed]["score"] - other["seeds"][seed]["score"] for seed in seeds]
@@ -177,10 +144,92 @@ def difference(row: dict, other: dict) -> str:
     return f"{mean:+.3f}±{error:.3f}" + (f" ({mean / error:+.1f})" if error else "")
 
 
+def compared_lines(rows: list[dict], metric: str) -> list[str]:
+    """Each of CASS's rows minus each method in the paper's own form, and the gain over DINO (paper,
+    G.0.3): points, the sum of both arms."""
+    plain = {(r["method"], r["arm"], r["labels"]): r for r in rows if not r["options"]}
+    lines, gains, methods = [], [], ("CASS", "DINO", "supervised")
+    for row in rows:
+        others = [plain.get((method, row["arm"], row["labels"])) for method in methods]
+        cells = [difference(row, other) for other in others]
+        if row["method"] == "CASS" and any(cells):
+            lines.append([row["name"], row["arm"], f"{row['labels']:.0%}", *cells])
+    for labels in sorted({row["labels"] for row in rows}):
+        four = [plain.get((method, arm, labels)) for method in methods[:2] for arm in ARMS]
+        if all(row and row["seeds"] for row in four):
+            figures = [shown(row, metric, ".6f") for row in four], [row["paper"] for row in four]
+            ours, its = ([100 * float(text.split("±")[0]) for text in texts] for texts in figures)
+            gains += ["", f"Gain of CASS over DINO, {labels:.0%} of the labels, both arms: "
+                      f"{sum(ours[:2]) - sum(ours[2:]):+.2f} points; the paper's: "
+                      f"{sum(its[:2]) - sum(its[2:]):+.2f}."]
+    columns = ["paired by seed", "arm", "labels", *(f"minus {method}" for method in methods)]
+    return markdown(columns, lines) + gains
+
+
 # %% the command
 
 
-def tables_options() -> argparse.ArgumentParser:
+def make_tables(args: argparse.Namespace) -> None:
+    """Make the runs that are missing, then the tables."""
+    for name in args.tables:
+        if name not in TABLES:
+            raise UserError(f"there is no table {name}; --list names {', '.join(TABLES)}")
+    rows = [row | {"table": name} for name in args.tables for row in TABLES[name]["rows"]
+            if not args.labels or row["labels"] in args.labels]
+    if not rows and args.labels:
+        raise UserError("no row of these tables has these --labels")
+    if args.data is None:
+        raise UserError("--data names the folder of images to make the tables on")
+    pick_device(args.device)
+    changed = {"init": args.init, "epochs": args.epochs}
+    args.setup = SIZES[args.size] | {key: value for key, value in changed.items() if value}
+    args.folder = args.out / f"{args.data.resolve().name}-{args.size}"
+    images = read_images(args.data)
+    images = read_split(args.split_file, images) if args.split_file else split_images(images)
+    args.images = f"{args.data.resolve()} {images.rows}"
+    shared = {name: getattr(args, name) for name in ("data", "split_file", "cache", "device",
+                                                     "workers")}  # which change no number
+    args.shared = [*typed(shared), "--resume"]
+    if not images.classes and args.tables != ["T1"]:
+        raise UserError(f"{args.data} has no labels, which these tables need")
+    for words in missing_runs(rows, args):
+        print(shlex.join(["python", *words]), flush=True)
+        if not args.print:  # a process of its own each: one that dies leaves the others alone
+            script = Path(__file__).parents[1] / words[0]
+            subprocess.run([sys.executable, script, *words[1:]], check=False)
+    if args.print:
+        return
+    for name in args.tables:
+        write_table(name, [row for row in rows if row["table"] == name], args)
+    if failed := missing_runs(rows, args):
+        raise UserError(f"{len(failed)} runs failed, see above; the same command tries them again")
+
+
+def write_table(name: str, rows: list[dict], args: argparse.Namespace) -> None:
+    """Write NAME.md, and show it."""
+    table = TABLES[name]
+    text = "The paper's set-up" if args.setup == SIZES["paper"] else "**Not the paper's set-up**"
+    text += f": {args.data.resolve().name}, {args.size} networks, {args.seeds} seeds"
+    for option, value in (args.setup | {"schedule": args.schedule}).items():
+        text += f", {option.replace('_', ' ')} {value}"
+    lines = [f"### {name}: {table['title']} ({table['data']})", "", *textwrap.wrap(text, 100)]
+    if name == "T1":
+        options = (SMALL_TIMED if args.size == "small" else ARMS) | {
+            "data": args.data, "image_size": args.setup["image_size"], "device": args.device}
+        lines += ["", *textwrap.wrap(TIMES, 100), ""]
+        lines += speed.time_lines(speed.speed_options().parse_args(typed(options)))
+    else:
+        metric = "balanced_accuracy" if table["data"] == ISIC else "f1_pooled"
+        for number, row in enumerate(rows):
+            found = {seed: numbers_of(row, seed, args, metric) for seed in range(args.seeds)}
+            rows[number] = row | {"seeds": {seed: one for seed, one in found.items() if one}}
+        lines += score_lines(rows, metric) + compared_lines(rows, metric)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write_text(args.folder / f"{name}.md", "\n".join(lines) + "\n")
+    print("", *lines, "", f"written to {args.folder / name}.md", sep="\n")
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = command_parser("python -m extras.tables", "Make the paper's tables from runs.")
     add = parser.add_argument
     add("tables", nargs="*", metavar="TABLE", help="such as T4 or T4 T14; see --list")
@@ -200,72 +249,12 @@ def tables_options() -> argparse.ArgumentParser:
     add("--device", default="auto", help="(%(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     add("--workers", type=int)
-    return parser
-
-
-def make_tables(args: argparse.Namespace) -> None:
-    """Make the runs that are missing, then the tables."""
-    tables = {}
-    for name in args.tables:
-        if name not in TABLES:
-            raise UserError(f"there is no table {name}; --list names {', '.join(TABLES)}")
-        tables[name] = [row for row in TABLES[name]["rows"]
-                        if not args.labels or row["labels"] in args.labels]
-    rows = sum(tables.values(), [])
-    if not rows and args.labels:
-        raise UserError("no row of these tables has these --labels")
-    if args.data is None:
-        raise UserError("--data names the folder of images to make the tables on")
-    pick_device(args.device)
-    changed = {"init": args.init, "epochs": args.epochs}
-    args.setup = SIZES[args.size] | {key: value for key, value in changed.items() if value}
-    args.folder = args.out / f"{args.data.resolve().name}-{args.size}"
-    images = read_images(args.data)
-    images = read_split(args.split_file, images) if args.split_file else split_images(images)
-    args.images = f"{args.data.resolve()} {images.rows}"
-    if not images.classes and args.tables != ["T1"]:
-        raise UserError(f"{args.data} has no labels, which these tables need")
-    for words in missing_runs(rows, args):
-        print(shlex.join(["python", *words]), flush=True)
-        if not args.print:  # a process of its own each: one that dies leaves the others alone
-            script = Path(__file__).parents[1] / words[0]
-            subprocess.run([sys.executable, script, *words[1:]], check=False)
-    if args.print:
-        return
-    for name in tables:
-        write_table(name, tables[name], args)
-    if failed := missing_runs(rows, args):
-        raise UserError(f"{len(failed)} runs failed, see above; the same command tries them again")
-
-
-def write_table(name: str, rows: list[dict], args: argparse.Namespace) -> None:
-    """Write NAME.md, and show it."""
-    table, facts = TABLES[name], args.setup | {"seeds": args.seeds, "schedule": args.schedule}
-    own = "The paper's set-up" if args.setup == SIZES["paper"] else "**Not the paper's set-up**"
-    text = ", ".join([f"{own}: {args.data.resolve().name}", f"{args.size} networks",
-                      *(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())])
-    lines = [f"### {name}: {table['title']} ({table['data']})", "", *textwrap.wrap(text, 100)]
-    if name == "T1":
-        options = (SMALL_TIMED if args.size == "small" else ARMS) | {
-            "data": args.data, "image_size": args.setup["image_size"], "device": args.device}
-        lines += ["", *textwrap.wrap(table["note"], 100), ""]
-        lines += speed.time_lines(speed.speed_options().parse_args(typed(options)))
-    else:
-        metric = "balanced_accuracy" if table["data"] == ISIC else "f1_pooled"
-        filled = [fill(row, args, metric) for row in rows]
-        lines += score_lines(filled, metric) + compared_lines(filled, metric)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    write_text(args.folder / f"{name}.md", "\n".join(lines) + "\n")
-    print("", *lines, "", f"written to {args.folder / name}.md", sep="\n")
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = tables_options().parse_args(argv)
+    args = parser.parse_args(argv)
     with clear_exit(DataError):
         if args.tables and not args.list:
             return make_tables(args)
     for name, table in TABLES.items():
-        print(f"{name:14} {table['data']:12} {len(table['rows']):3d} rows  {table['title']}")
+        print(f"{name:4} {table['data']:12} {len(table['rows']):3d} rows  {table['title']}")
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -51,19 +50,3 @@ def test_a_file_of_ones_own(tmp_path: Path, capsys) -> None:
     new = ["--out", str(tmp_path / "y.ipynb")]
     assert "no Python" in sentence(capsys, lambda: notebook.main([str(file), *new]))
     assert "gone.py" in sentence(capsys, lambda: notebook.main([str(tmp_path / "gone.py"), *new]))
-
-
-@pytest.mark.parametrize("name", ["audit", "cka", "curves", "features", "maps", "notebook",
-                                  "prepare", "probe", "sample", "speed", "tables"])
-def test_extras_run_by_their_path_too(name: str) -> None:
-    """All begin with the same lines, which one of them is tried with below."""
-    files = [ROOT / "extras" / f"{name}.py" for name in (name, "notebook")]
-    own, tried = (file.read_text(encoding="utf-8") for file in files)
-    start = tried[tried.index("if not __package__:"):tried.index("\nimport argparse")]
-    assert start in own[:own.index("\nfrom data ") if "\nfrom data " in own else None]
-
-
-def test_run_by_its_path_from_another_folder(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "extras" / "notebook.py"), str(ROOT / "cass.py")]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "cass.ipynb").is_file()

@@ -166,7 +166,7 @@ def test_a_failed_run_leaves_a_gap_and_an_exit_code(folder, tmp_path, made, caps
     call = sweep, folder, tmp_path, "T7", "--epochs", "13"  # the row of 100 epochs has 13
     assert "4 runs failed" in sentence(capsys, lambda: call[0](*call[1:]))
     cells = read(tmp_path, "T7")
-    assert cells["100 epochs", "cnn", "100%"][:3] == ["", "", "0.865±0.0001"]
+    assert cells["100 epochs", "cnn", "100%"][:3] == ["", "", "0.8650±0.0001"]
     assert all(cells[f"{n} epochs", "cnn", "100%"][0] for n in (50, 200, 300))
     count = len(made)
     assert "4 runs failed" in sentence(capsys, lambda: call[0](*call[1:]))
