@@ -191,36 +191,24 @@ def build_arms(args: argparse.Namespace) -> dict[str, nn.Module]:
 def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: {}) -> None:
     """Read, split, train, save. Nothing is written before every option has been checked. What
     `look(epoch, {"cnn": ..., "transformer": ...})` returns is added to that epoch's row."""
-    from data import (ImageCache, ImageRows, augmentation, make_loader, open_images, read_split,
-                      write_split)
+    from data import augmentation, begin_run, open_images, training_loader
     from metrics import Gauges
-    from runtime import Run, UserError, pick_device, pick_precision, pick_workers, watch
+    from runtime import Run, pick_hardware, watch
 
-    device, (loss, rate) = pick_device(args.device), LOSSES[args.loss]
-    precision, workers = pick_precision(args.precision, device), pick_workers(args.workers, device)
+    device, precision = pick_hardware(args)
+    loss, rate = LOSSES[args.loss]
     args.lr = args.lr or rate
     out = args.out or Path("runs", f"cass-{args.data.resolve().name}")
-    cnn, transformer = Gauges.columns("cnn"), Gauges.columns("transformer")
-    run = Run(out, vars(args), ("epoch", "loss", *cnn, *transformer))
+    columns = *Gauges.columns("cnn"), *Gauges.columns("transformer")
+    run = Run(out, vars(args), ("epoch", "loss", *columns))
     if run.finished:
         return print(f"{out} is finished; more --epochs train it on")
     images = open_images(args)
-    rows = images.part("train")
-    if not 1 < args.batch_size <= len(rows):
-        raise UserError(f"--batch-size {args.batch_size} does not lie between 2 and the "
-                        f"{len(rows)} training images of {args.data}")
-    if run.resuming and read_split(out / "split.csv", images).rows != images.rows:
-        raise UserError(f"the images in {args.data} or their split have changed since {out} began")
     arms = build_arms(args)
-    cache = args.cache and ImageCache(images, args.image_size, args.cache, workers)
-    run.begin(arms={"cnn": args.cnn, "transformer": args.transformer}, classes=images.classes,
-              multi_label=images.multi_label, window=images.window, precision=str(precision))
-    write_split(out / "split.csv", images)
-    for note in (*images.notes, *(arm.origin for arm in arms.values()), f"{device}, {precision}"):
-        print(f"note: {note}")
-    dataset = ImageRows(images, rows, augmentation(args.image_size, args.augment), args.seed,
-                        cache=cache)
-    loader = make_loader(dataset, args.batch_size, seed=args.seed, drop_last=True, workers=workers)
+    loader = training_loader(args, images, augmentation(args.image_size, args.augment))
+    notes = [*(arm.origin for arm in arms.values()), f"{device}, {precision}"]
+    begin_run(run, images, notes, precision=str(precision),
+              arms={"cnn": args.cnn, "transformer": args.transformer})
     arms = {name: arm.to(device) for name, arm in arms.items()}
 
     def forward(batch: Tensor) -> tuple[Tensor, ...]:
@@ -231,7 +219,7 @@ def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
         return loss(*map(OUTPUTS[args.outputs], logits))
 
     gauges = Gauges(arms)
-    log = watch(run, gauges, look, HINTS[args.loss], len(rows))
+    log = watch(run, gauges, look, HINTS[args.loss], len(loader.dataset))
     if not run.resuming:
         log({"epoch": 0, "loss": None, **gauges(gauges.untrained(forward, loader))})
     torch.manual_seed(args.seed)

@@ -21,12 +21,12 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import numpy as np
 
-from images import (AUGMENTATIONS, ENDINGS, MEAN, STD, DataError, EpochBatches, ImageCache,
-                    ImageRows, ImageSet, Row, augmentation, facts, good_rows, load_image,
+from images import (AUGMENTATIONS, ENDINGS, MEAN, STD, DataError, EpochBatches, EpochLoader,
+                    ImageCache, ImageRows, ImageSet, Row, augmentation, facts, good_rows, load_image,
                     make_loader, require, such, with_window)
 
 PARTS = ("train", "val", "test")
@@ -247,16 +247,18 @@ def _labels(where: str, names: list[str], line: dict[str, str]) -> tuple[str, ..
 def split_images(images: ImageSet, *, seed: int = 0,
                  ratios: tuple[float, ...] = (0.7, 0.1, 0.2)) -> ImageSet:
     """Give a part to every row that has none: with its group (patient) where that has one, else
-    by `ratios`, stratified. Parts that the data set names stay (paper, 4.3), but for a missing
-    validation part an eighth of training is taken."""
+    by `ratios`, stratified. Parts that the data set names stay (paper, 4.3), but a validation or
+    test part that is missing or has no labels is taken from training, in the same ratios."""
     require(seed >= 0, f"--split-seed {seed} is below 0")
     home = {row.group: row.split for row in images.rows if row.group and row.split}
     rows = [replace(row, split=row.split or home.get(row.group, "")) for row in images.rows]
-    free, parts = [i for i, row in enumerate(rows) if not row.split], PARTS
-    if not free and not any(row.split == "val" for row in rows):
-        free, parts = [i for i, row in enumerate(rows) if row.split == "train"], ("train", "val")
-        ratios = (7 / 8, 1 / 8)
-    for i, part in zip(free, _stratify(images, [rows[i] for i in free], ratios, seed)):
+    free, wanted = [i for i, row in enumerate(rows) if not row.split], dict(zip(PARTS, ratios))
+    if not free:  # a part that is missing, or has no labels, is taken from training
+        full = {row.split for row in (images.labelled(rows) if images.classes else rows)}
+        wanted = {part: wanted[part] for part in PARTS if part == "train" or part not in full}
+        free = [i for i, row in enumerate(rows) if row.split == "train" and len(wanted) > 1]
+    parts, shares = list(wanted), np.array(list(wanted.values())) / sum(wanted.values())
+    for i, part in zip(free, _stratify(images, [rows[i] for i in free], shares, seed)):
         rows[i] = replace(rows[i], split=parts[part])
     notes = list(images.notes)
     for part in PARTS:
@@ -399,6 +401,29 @@ def open_images(args: argparse.Namespace) -> ImageSet:
         images = good_rows(images)
     images = split_images(images, seed=args.split_seed, ratios=args.ratios)
     return with_window(images, args.window)
+
+
+def training_loader(args: argparse.Namespace, images: ImageSet,
+                    transform: Callable) -> EpochLoader:
+    """Whole batches of the training part, for pretraining."""
+    rows = images.part("train")
+    require(1 < args.batch_size <= len(rows), f"--batch-size {args.batch_size} does not lie between "
+            f"2 and the {len(rows)} training images of {args.data}")
+    cache = args.cache and ImageCache(images, args.image_size, args.cache, args.workers)
+    return make_loader(ImageRows(images, rows, transform, args.seed, cache=cache), args.batch_size,
+                       seed=args.seed, drop_last=True, workers=args.workers)
+
+
+def begin_run(run: Any, images: ImageSet, notes: list[str], **facts: Any) -> None:
+    """Begin a `runtime.Run` on these images: its config.json, with `facts`, its split.csv, and
+    notes for the user. Raises `DataError` if it began with other images."""
+    split = run.folder / "split.csv"
+    require(not run.resuming or read_split(split, images).rows == images.rows,
+            f"the images in {images.folder} or their split have changed since {run.folder} began")
+    run.begin(classes=images.classes, multi_label=images.multi_label, window=images.window, **facts)
+    write_split(split, images)
+    for note in (*images.notes, *notes):
+        print(f"note: {note}")
 
 
 def describe(images: ImageSet) -> Iterator[str]:

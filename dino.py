@@ -276,38 +276,25 @@ def dino_options() -> argparse.ArgumentParser:
 def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: {}) -> None:
     """Read, split, train, save. Nothing is written before every option has been checked. What
     `look(epoch, {"backbone": ...})` returns is added to that epoch's row."""
-    from data import (ImageCache, ImageRows, make_loader, open_images, read_split, write_split)
+    from data import begin_run, open_images, training_loader
     from metrics import Gauges
-    from runtime import (Run, UserError, build_model, check_size, pick_device, pick_precision,
-                         pick_workers, watch)
+    from runtime import Run, build_model, check_size, pick_hardware, watch
 
-    device = pick_device(args.device)
-    precision, workers = pick_precision(args.precision, device), pick_workers(args.workers, device)
+    device, precision = pick_hardware(args)
     out = args.out or Path("runs", f"dino-{args.arch.split('.')[0]}-{args.data.resolve().name}")
     run = Run(out, vars(args), ("epoch", "loss", "entropy", "kl", *Gauges.columns("backbone")))
     if run.finished:
         return print(f"{out} is finished; more --epochs train it on")
     images = open_images(args)
-    rows = images.part("train")
-    if not 1 < args.batch_size <= len(rows):
-        raise UserError(f"--batch-size {args.batch_size} does not lie between 2 and the "
-                        f"{len(rows)} training images of {args.data}")
-    if run.resuming and read_split(out / "split.csv", images).rows != images.rows:
-        raise UserError(f"the images in {args.data} or their split have changed since {out} began")
     crops, local_size = LOCAL_CROPS[args.recipe], max(32, round(args.image_size * 3 / 7 / 32) * 32)
     backbone = build_model(args.arch, args.init, args.image_size, outputs=0, seed=args.seed,
                            dynamic=crops > 0)
     if crops:
         check_size(backbone, args.arch, local_size)
-    cache = args.cache and ImageCache(images, args.image_size, args.cache, workers)
-    run.begin(arms={"backbone": args.arch}, classes=images.classes,
-              multi_label=images.multi_label, window=images.window, precision=str(precision))
-    write_split(out / "split.csv", images)
-    for note in (*images.notes, backbone.origin, f"{device}, {precision}"):
-        print(f"note: {note}")
     views = DinoViews(args.image_size, crops, local_size if crops else None)
-    loader = make_loader(ImageRows(images, rows, views, args.seed, cache=cache), args.batch_size,
-                         seed=args.seed, drop_last=True, workers=workers)
+    loader = training_loader(args, images, views)
+    begin_run(run, images, [backbone.origin, f"{device}, {precision}"],
+              arms={"backbone": args.arch}, precision=str(precision))
     torch.manual_seed(args.seed)
     student = DinoNetwork(backbone, args.out_dim).to(device)
     gauges = Gauges({"backbone": backbone})
@@ -319,7 +306,7 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
         return output_facts(features, dino_targets(logits, torch.zeros((), device=device)))
 
     watched = watch(run, gauges, look, "a larger --batch-size, or a lower --lr, may help",
-                    len(rows))
+                    len(loader.dataset))
 
     def log(row: dict) -> None:
         watched(row)

@@ -26,7 +26,6 @@ import csv
 import json
 import math
 import shlex
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from tqdm import tqdm
 
 # %% the loss (paper, F.3.2)
 
@@ -210,6 +208,16 @@ def find_networks(args: argparse.Namespace) -> dict[str, tuple[str, Path | None]
     return networks
 
 
+def new_network(args: argparse.Namespace, arch: str, file: Path | None, classes: int,
+                seed: int) -> nn.Module:
+    """A network with a new head of `classes` outputs, from a file or from --init."""
+    from runtime import build_model, load_network
+
+    if file is None:
+        return build_model(arch, args.init, args.image_size, outputs=classes, seed=seed)
+    return load_network(file, args.image_size, outputs=classes, seed=seed)
+
+
 def tuned_images(args: argparse.Namespace, file: Path | None) -> Any:
     """The data set, with the split that pretraining had, and only if it can be fine-tuned on.
     `file` holds pretrained weights."""
@@ -223,20 +231,20 @@ def tuned_images(args: argparse.Namespace, file: Path | None) -> Any:
     if args.labels > 1:
         raise UserError(f"--labels {args.labels:g} is no share: 1 stands for all of them")
     images, split = read_images(args.data), file and file.parent / "split.csv"
+    pretrained = read_split(split, images, grow=True) if split and split.is_file() else None
     if args.split_file:
         images = read_split(args.split_file, images)
-    elif split and split.is_file():
-        images = read_split(split, images, grow=True)
+    elif pretrained:
+        images = pretrained
     elif split:
         print(f"note: {split} is not there; make sure that these weights were not pretrained on "
               "what is now the test part")
     images = split_images(good_rows(images) if args.skip_bad else images, seed=args.split_seed,
                           ratios=args.ratios)
-    if args.split_file and split and split.is_file():
-        seen = read_split(split, read_images(args.data), grow=True).part("train")
-        if {row.path for row in seen} & {row.path for row in images.part("test")}:
-            raise UserError(f"{args.split_file} has test images that these weights were "
-                            "pretrained on")
+    seen = {row.path for row in pretrained.part("train")} if pretrained else set()
+    if seen & {row.path for row in images.part("test")}:
+        todo = "take another --split-file" if args.split_file else f"label test images of {split}"
+        raise UserError("there are test images that these weights were pretrained on; " + todo)
     if len(images.classes) < 2 and not images.multi_label:
         raise UserError(f"{args.data} has {len(images.classes) or 'no'} class; fine-tuning needs "
                         "class folders or a labels.csv, with two classes or more")
@@ -249,24 +257,12 @@ def tuned_images(args: argparse.Namespace, file: Path | None) -> Any:
     return with_window(images, saved if saved and args.window == "auto" else args.window)
 
 
-def new_network(args: argparse.Namespace, arch: str, file: Path | None, classes: int,
-                seed: int) -> nn.Module:
-    """A network with a new head of `classes` outputs, from a file or from --init."""
-    from runtime import build_model, load_network
-
-    if file is None:
-        return build_model(arch, args.init, args.image_size, outputs=classes, seed=seed)
-    return load_network(file, args.image_size, outputs=classes, seed=seed)
-
-
 def run_tuning(args: argparse.Namespace) -> None:
     """Fine-tune every network with every seed; write weights, scores and predictions."""
-    from data import ImageCache, read_split, write_split
-    from runtime import Run, UserError, pick_device, pick_precision, pick_workers, read_network
+    from data import ImageCache, begin_run
+    from runtime import Run, UserError, pick_hardware, read_network
 
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    args.workers = pick_workers(args.workers, device)
+    device, precision = pick_hardware(args)
     networks = find_networks(args)
     file = next(iter(networks.values()))[1]
     images = tuned_images(args, file)
@@ -278,36 +274,29 @@ def run_tuning(args: argparse.Namespace) -> None:
     out = args.out or Path("runs", f"finetune-{source}-{args.labels:g}{linear}")
     if file and out.resolve() == file.resolve().parent:
         raise UserError(f"--out {out} holds the --weights, which must stay; choose another --out")
-    columns = ("seed", "arm", "epoch", "loss", "validation_loss", "rate")
-    run = Run(out, vars(args), columns)
+    run = Run(out, vars(args), ("seed", "arm", "epoch", "loss", "validation_loss", "rate"))
     if run.finished:
         return print(f"{out} is finished; there is nothing to resume")
-    if run.resuming and read_split(out / "split.csv", images).rows != images.rows:
-        raise UserError(f"the images in {args.data} or their split have changed since {out} began")
-    origins = [new_network(args, *network, len(images.classes), args.seed).origin
-               for network in networks.values()]
+    notes = [new_network(args, *network, len(images.classes), args.seed).origin
+             for network in networks.values()]
     cache = args.cache and ImageCache(images, args.image_size, args.cache, args.workers)
-    run.begin(arms={name: arch for name, (arch, _) in networks.items()}, classes=images.classes,
-              multi_label=images.multi_label, window=images.window, image_size=args.image_size,
-              precision=str(precision))
-    write_split(out / "split.csv", images)
-    for note in (*images.notes, *origins, f"{device}, {precision}"):
-        print(f"note: {note}")
-    done = []
+    begin_run(run, images, [*notes, f"{device}, {precision}"], image_size=args.image_size,
+              arms={name: arch for name, (arch, _) in networks.items()}, precision=str(precision))
+    seeds = {}
     for seed in range(args.seed, args.seed + args.seeds):
+        seeds[seed] = {}
         for name, (arch, weights) in networks.items():
             network = new_network(args, arch, weights, len(images.classes), seed).to(device)
-            facts, val, test = tune_once(args, run, name, network, images, cache, seed, precision)
-            load = run.save_network(f"{name}-seed{seed}.pt", network, arch)
-            done.append({"seed": seed, "arm": name, "load": load, "facts": facts, "val": val,
-                         "test": test})
-    report(run, done, images)
+            trained = tune_once(args, run, name, network, images, cache, seed, precision)
+            trained["load"] = run.save_network(f"{name}-seed{seed}.pt", network, arch)
+            seeds[seed][name] = trained
+    report(run, seeds, images)
 
 
 def tune_once(args: argparse.Namespace, run: Any, name: str, network: nn.Module, images: Any,
-              cache: Any, seed: int, precision: torch.dtype) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Train one network with one seed: facts on how it ended, and its probabilities `(N, K)` for
-    the validation and the test part, which is looked at here and only here."""
+              cache: Any, seed: int, precision: torch.dtype) -> dict[str, Any]:
+    """Train one network with one seed: "facts" on how it ended, and its probabilities `(N, K)` for
+    the labelled "val" and for all "test" images; the test part is looked at here and only here."""
     from data import ImageRows, augmentation, label_fraction, make_loader
 
     def loader(rows: list, augment: str = "none") -> Iterable:
@@ -316,9 +305,9 @@ def tune_once(args: argparse.Namespace, run: Any, name: str, network: nn.Module,
         return make_loader(dataset, args.batch_size, seed=seed, shuffle=augment != "none",
                            workers=args.workers)
 
-    parts = {part: images.labelled(images.part(part)) for part in ("train", "val", "test")}
-    rows = label_fraction(images, parts["train"], args.labels, seed)
-    train, validation = loader(rows, "cass"), loader(parts["val"])
+    train_rows, val_rows = (images.labelled(images.part(part)) for part in ("train", "val"))
+    rows = label_fraction(images, train_rows, args.labels, seed)
+    train, validation = loader(rows, "cass"), loader(val_rows)
     weights = torch.from_numpy(class_weights(images.truth(rows), args.class_weights))
     checkpoint = f"checkpoint-{name}-seed{seed}"
     torch.manual_seed(seed)
@@ -331,9 +320,9 @@ def tune_once(args: argparse.Namespace, run: Any, name: str, network: nn.Module,
         log=lambda row: run.log({"seed": seed, "arm": name, **row}),
         save=lambda parts, history: run.save(parts, history, checkpoint),
         restore=lambda parts: run.restore(parts, checkpoint))
-    val = evaluate(network, validation, precision=precision)[1]
-    test = evaluate(network, loader(parts["test"]), precision=precision)[1]
-    return {"images": len(rows), **facts}, val, test
+    return {"facts": {"images": len(rows), **facts},
+            "val": evaluate(network, validation, precision=precision)[1],
+            "test": evaluate(network, loader(images.part("test")), precision=precision)[1]}
 
 
 # %% the command: scores
@@ -344,22 +333,23 @@ def with_ensemble(arms: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arms | {"ensemble": sum(arms.values()) / len(arms)} if len(arms) > 1 else arms
 
 
-def score_seed(entries: dict[str, dict], images: Any) -> dict:
+def score_seed(trained: dict[str, dict], images: Any) -> dict:
     """Scores of one seed's networks and their ensemble; which of them was `chosen`, by its score on
     the validation part, and which is the `oracle` that no one has: the best on the test part."""
     from metrics import bootstrap_interval, score
 
-    truth = {part: images.truth(images.labelled(images.part(part))) for part in ("val", "test")}
-    val = with_ensemble({name: entry["val"] for name, entry in entries.items()})
-    test = with_ensemble({name: entry["test"] for name, entry in entries.items()})
-    arms, kind = {}, (images.classes, images.multi_label)
+    kind, rows = (images.classes, images.multi_label), images.part("test")
+    val_truth = images.truth(images.labelled(images.part("val")))
+    known, test_truth = images.known(rows), images.truth(images.labelled(rows))
+    val = with_ensemble({name: one["val"] for name, one in trained.items()})
+    test = with_ensemble({name: one["test"][known] for name, one in trained.items()})
+    arms = {}
     for name in test:
-        facts = entries[name]["facts"] if name in entries else {}
-        arms[name] = {**facts, "validation": score(truth["val"], val[name], *kind)["headline"],
-                      "interval": bootstrap_interval(truth["test"], test[name], kind[1]),
-                      "test": score(truth["test"], test[name], *kind)}
-    return {"seed": next(iter(entries.values()))["seed"], "arms": arms,
-            "chosen": max(arms, key=lambda name: arms[name]["validation"]),
+        facts = trained[name]["facts"] if name in trained else {}
+        arms[name] = {**facts, "validation": score(val_truth, val[name], *kind)["headline"],
+                      "interval": bootstrap_interval(test_truth, test[name], images.multi_label),
+                      "test": score(test_truth, test[name], *kind)}
+    return {"arms": arms, "chosen": max(arms, key=lambda name: arms[name]["validation"]),
             "oracle": max(arms, key=lambda name: arms[name]["test"]["headline"])}
 
 
@@ -389,50 +379,48 @@ def score_table(rows: dict[str, dict[str, tuple]]) -> Iterable[str]:
         yield line
 
 
-def report(run: Any, done: list[dict], images: Any) -> None:
+def report(run: Any, trained: dict[int, dict[str, dict]], images: Any) -> None:
     """Write result.json and predictions.csv, keep the weights of the seed that validation likes
-    best, and show the table."""
+    best, and show the table. `trained` is `tune_once`'s dict by seed and network."""
     from metrics import score
     from runtime import write_text
 
-    tested = images.labelled(images.part("test"))
+    rows = images.part("test")
+    truth = images.truth(images.labelled(rows))
     share = images.truth(images.labelled(images.part("train"))).mean(0)
-    guess = score(images.truth(tested), np.tile(share, (len(tested), 1)), images.classes,
+    guess = score(truth, np.tile(share, (len(truth), 1)), images.classes,
                   images.multi_label)  # what the same answer for every image would reach
-    seeds, lines = [], []
-    for seed in dict.fromkeys(entry["seed"] for entry in done):
-        entries = {entry["arm"]: entry for entry in done if entry["seed"] == seed}
-        seeds.append(score_seed(entries, images))
-        arms = {name: entry["test"] for name, entry in entries.items()}
-        lines += prediction_lines(arms, seeds[-1]["chosen"], images, tested, {"seed": seed})
-    best = max(seeds, key=lambda one: one["arms"][one["chosen"]]["validation"])
-    means = {name: summary([one["arms"][one.get(name, name)]["test"] for one in seeds])
-             for name in (*best["arms"], "chosen", "oracle")}
+    seeds, lines = {}, []
+    for seed, networks in trained.items():
+        seeds[seed] = score_seed(networks, images)
+        arms = {name: one["test"] for name, one in networks.items()}
+        lines += prediction_lines(arms, seeds[seed]["chosen"], images, rows, {"seed": seed})
+    best = max(seeds, key=lambda seed: seeds[seed]["arms"][seeds[seed]["chosen"]]["validation"])
+    means = {name: summary([one["arms"][one.get(name, name)]["test"] for one in seeds.values()])
+             for name in (*seeds[best]["arms"], "chosen", "oracle")}
     config = {key: value for key, value in run.config.items() if key != "finished"}
-    result = {"headline": guess["headline_name"], "kept_seed": best["seed"],
-              "chosen": best["chosen"], "mean_sd_n": means, "guess": guess, "seeds": seeds,
-              "run": config}
+    result = {"headline": guess["headline_name"], "kept_seed": best,
+              "chosen": seeds[best]["chosen"], "mean_sd_n": means, "guess": guess,
+              "seeds": [{"seed": seed, **one} for seed, one in seeds.items()], "run": config}
     write_text(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
     write_lines(run.folder / "predictions.csv", lines)
-    kept = [entry for entry in done if entry["seed"] == best["seed"]]
-    for entry in kept:
-        (run.folder / f"{entry['arm']}-seed{best['seed']}.pt").replace(
-            run.folder / f"{entry['arm']}.pt")
-    run.finish(chosen=best["chosen"])
+    for name in trained[best]:
+        (run.folder / f"{name}-seed{best}.pt").replace(run.folder / f"{name}.pt")
+    run.finish(chosen=seeds[best]["chosen"])
     for file in run.folder.glob("*-seed*.pt"):  # the other seeds', and the checkpoints
         file.unlink()
-    print(f"\ntest scores on {len(tested)} images, {len(seeds)} seed(s); chosen: by validation "
+    print(f"\ntest scores on {len(truth)} images, {len(seeds)} seed(s); chosen: by validation "
           "images, oracle: in hindsight")
     print(*score_table(means | {"always the same answer": summary([guess])}), sep="\n")
-    for one in seeds:
+    for seed, one in seeds.items():
         arm = one["arms"][one["chosen"]]
-        print(f"seed {one['seed']}: {one['chosen']} is chosen, {guess['headline_name']} "
+        print(f"seed {seed}: {one['chosen']} is chosen, {guess['headline_name']} "
               f"{arm['test']['headline']:.3f}, {arm['interval'][0]:.3f} to "
               f"{arm['interval'][1]:.3f} for other test images (95 %)")
-    print(f"\n{run.folder} holds result.json, predictions.csv and the weights of seed "
-          f"{best['seed']}; timm loads them with")
-    for entry in kept:
-        print("  " + entry["load"].replace(f"-seed{best['seed']}.pt", ".pt"))
+    print(f"\n{run.folder} holds result.json, predictions.csv and the weights of seed {best}; timm "
+          "loads them with")
+    for one in trained[best].values():
+        print("  " + one["load"].replace(f"-seed{best}.pt", ".pt"))
     print("for new images:\n  python finetune.py --predict FOLDER --weights "
           + shlex.quote(str(run.folder)))
 
@@ -477,15 +465,13 @@ def predicted_images(path: Path, saved: dict, skip_bad: bool) -> tuple[Any, list
 
     try:
         images = read_images(path)
-        labelled = bool(images.classes) and set(images.classes) <= set(saved["classes"])
+        fits = set(images.classes) <= set(saved["classes"])
     except DataError:  # one file, or no form of a data set, but images all the same
-        labelled = False
-    images = images if labelled else find_images(path)
-    images = replace(images, classes=saved["classes"], multi_label=saved["multi_label"],
-                     window=saved["window"])
+        fits = False
+    images = images if fits else find_images(path)
     images = good_rows(images) if skip_bad else images
-    known = {row.path for row in images.labelled(images.rows)} if labelled else ()
-    return images, [i for i, row in enumerate(images.rows) if row.path in known]
+    return (replace(images, classes=saved["classes"], multi_label=saved["multi_label"],
+                    window=saved["window"]), images.known(images.rows))
 
 
 def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
@@ -495,40 +481,47 @@ def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
     if weights is None:
         raise UserError("--predict needs fine-tuned --weights, a run of finetune.py or one file")
     files = {file.stem: file for file in network_files(weights)}
-    saved = [read_network(file) for file in files.values()]
-    for file, one in zip(files.values(), saved):
-        if not one["classes"] or one["num_classes"] != len(one["classes"]):
+    first = read_network(next(iter(files.values())))
+    for file in files.values():
+        saved = read_network(file)
+        if not saved["classes"] or saved["num_classes"] != len(saved["classes"]):
             raise UserError(f"{file} is pretrained only; fine-tune it first")
-        if any(one[key] != saved[0][key] for key in ("classes", "image_size", "window")):
+        if any(saved[key] != first[key] for key in ("classes", "image_size", "window")):
             raise UserError(f"the networks in {weights} are for different classes or image sizes; "
                             "name one file with --weights")
     config = weights / "config.json"
     if not config.is_file():
-        return files, saved[0], next(iter(files))
+        return files, first, next(iter(files))
     chosen = json.loads(config.read_text(encoding="utf-8")).get("chosen")
     if chosen not in (*files, "ensemble"):
         raise UserError(f"{weights} is no finished run of finetune.py; --resume it, or name one "
                         "file with --weights")
-    return files, saved[0], chosen
+    return files, first, chosen
 
 
 def run_prediction(args: argparse.Namespace) -> None:
     """Classify a folder of images, and score the answers where it is labelled."""
+    from data import ImageRows, augmentation, make_loader
     from metrics import score
-    from runtime import UserError, load_network, pick_device, write_text
+    from runtime import UserError, load_network, pick_hardware, write_text
 
+    device, precision = pick_hardware(args)
     files, saved, chosen = fine_tuned(args.weights)
-    device, out = pick_device(args.device), (args.out or Path(".")) / "predictions.csv"
+    size, out = saved["image_size"], (args.out or Path(".")) / "predictions.csv"
+    if out.parent.is_file():
+        raise UserError(f"--out {args.out} is a file; name a folder")
     if out.exists():
         raise UserError(f"{out} is there already; name another folder with --out, or move it away")
-    networks = {name: load_network(file, saved["image_size"]).to(device)
-                for name, file in files.items()}
+    networks = {name: load_network(file, size).to(device) for name, file in files.items()}
     images, known = predicted_images(args.predict, saved, args.skip_bad)
     for note in images.notes:
         print(f"note: {note}")
     print(f"{len(images.rows)} images; the class is decided by {chosen}"
           + ", which did best on validation images" * (len(files) > 1))
-    arms = predict(args, networks, images, saved["image_size"])
+    dataset = ImageRows(images, images.rows, augmentation(size, "none"), labelled=True)
+    loader = make_loader(dataset, args.batch_size, shuffle=False, workers=args.workers)
+    arms = {name: evaluate(network, loader, precision=precision)[1]
+            for name, network in networks.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_lines(out, list(prediction_lines(arms, chosen, images, images.rows, {})))
     print(f"wrote {len(images.rows)} predictions to {out}")
@@ -539,26 +532,6 @@ def run_prediction(args: argparse.Namespace) -> None:
         write_text(out.with_name("result.json"), json.dumps(scores, indent=1) + "\n")
         print(f"scores on {len(known)} labelled images, in result.json too")
         print(*score_table({name: summary([one]) for name, one in scores.items()}), sep="\n")
-
-
-@torch.no_grad()
-def predict(args: argparse.Namespace, networks: dict[str, nn.Module], images: Any,
-            image_size: int) -> dict[str, np.ndarray]:
-    """Probabilities `(N, K)` by each network, in the order of `images.rows`."""
-    from data import ImageRows, augmentation, make_loader
-    from runtime import pick_precision, pick_workers
-
-    device = next(next(iter(networks.values())).parameters()).device
-    precision = pick_precision(args.precision, device)
-    loader = make_loader(ImageRows(images, images.rows, augmentation(image_size, "none")),
-                         args.batch_size, shuffle=False, workers=pick_workers(args.workers, device))
-    arms = {name: [] for name in networks}
-    for batch in tqdm(loader, unit="batch", disable=not sys.stdout.isatty()):
-        for name, network in networks.items():
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                logits = network.eval()(batch.to(device))
-            arms[name].append(logits.float().sigmoid().cpu().numpy())
-    return {name: np.concatenate(parts) for name, parts in arms.items()}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -67,9 +67,13 @@ class ImageSet:
     def part(self, name: str) -> list[Row]:
         return [row for row in self.rows if row.split == name]
 
+    def known(self, rows: list[Row]) -> list[int]:
+        """Which of them have known classes; with several an image, "none of them" is known too."""
+        return [i for i, row in enumerate(rows) if row.labels or self.multi_label]
+
     def labelled(self, rows: list[Row]) -> list[Row]:
-        """Those whose classes are known; with several an image, "none of them" is known too."""
-        return rows if self.multi_label else [row for row in rows if row.labels]
+        """Those whose classes are known."""
+        return [rows[i] for i in self.known(rows)]
 
     def truth(self, rows: list[Row]) -> np.ndarray:
         """Multi-hot float labels `(N, K)`."""

@@ -559,6 +559,16 @@ def test_labels_may_come_after_pretraining(tmp_path: Path, calls: list[dict]) ->
     assert found["run"]["classes"] == ["a", "b"] and len(calls[0]["train"]) == 21
 
 
+def test_a_flat_test_part_is_predicted_and_others_are_scored(tmp_path: Path) -> None:
+    folder = put(class_folders(tmp_path / "d", **{"train/a": 20, "train/b": 20}), "test/new.png")
+    result = run(folder, tmp_path / "out", "--arch", "test_vit", "--epochs", 1)
+    rows = table(tmp_path / "out" / "predictions.csv")
+    unknown = [row for row in rows if not row["truth"]]
+    assert [row["image"] for row in unknown] == ["test/new.png"] and unknown[0]["class"] in "ab"
+    test = result["seeds"][0]["arms"]["test_vit"]["test"]
+    assert test["n"] == len(rows) - 1 == 8  # a fifth of 40
+
+
 def test_split_file_may_not_test_what_was_pretrained_on(images: Path, pretrained: Path, calls,
                                                         tmp_path: Path, capsys) -> None:
     weights = ["--weights", pretrained / "cnn.pt", "--split-file", tmp_path / "split.csv"]
@@ -667,7 +677,6 @@ def test_a_labelled_folder_is_scored(names, n, both: dict, tmp_path: Path, capsy
     ("--arch test_vit --ratios 0.8,0,0.2", ["the val part", "no labelled images"]),
     ("--arch test_vit --data flat", ["no class", "labels.csv"]),
     ("--arch test_vit --data one", ["1 class", "two classes"]),
-    ("--arch test_vit --data untested", ["the test part", "no labelled images"]),
     *((f"--weights W --labels {x}", ["--labels"]) for x in ("0", "1.5", "abc", "-0.1", "nan")),
     ("--weights W --patience 3", ["--patience"]), ("--weights W --seeds 0", ["--seeds"])])
 def test_wrong_input_is_one_sentence_before_training(more, words, images, pretrained, tmp_path,
@@ -675,7 +684,6 @@ def test_wrong_input_is_one_sentence_before_training(more, words, images, pretra
     monkeypatch.chdir(tmp_path)
     put(Path("flat"), *(f"{i}.png" for i in range(9)))
     class_folders(Path("one"), a=9)
-    put(class_folders(Path("untested"), **{"train/a": 9, "train/b": 9}), "test/0.png")
     before = sorted(tmp_path.rglob("*"))
     options = more.replace("W", str(pretrained)).split()
     said = sentence(capsys, lambda: run(images, tmp_path / "out", *options))
