@@ -1,12 +1,9 @@
 """metrics.py: values by hand, explicit loops, and numbers recorded from scikit-learn 1.9.1."""
 
-import ast
 import itertools
 import json
 import math
 import random
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,18 +16,17 @@ pytestmark = pytest.mark.filterwarnings("error")  # undefined scores are None, n
 
 
 def named_score(truth, probabilities, multi_label):
-    """`score` of lists or arrays, with classes c0, c1, ..."""
-    truth = np.asarray(truth)
+    """`score` with classes c0, c1, ..."""
     classes = [f"c{k}" for k in range(truth.shape[1])]
-    return m.score(truth, np.asarray(probabilities, dtype=float), classes, multi_label)
+    return m.score(truth, probabilities, classes, multi_label)
 
 
-def random_case(generator, n, k, multi_label):
+def random_case(seed, n, k, multi_label):
     """Truth and probabilities with one decimal: many ties, and exact halves."""
+    generator = np.random.default_rng(seed)
+    truth = np.eye(k, dtype=int)[generator.integers(k, size=n)]
     if multi_label:
         truth = generator.integers(2, size=(n, k))
-    else:
-        truth = np.eye(k, dtype=int)[generator.integers(k, size=n)]
     return truth, np.round(generator.random((n, k)) * 0.6 + truth * 0.2, 1)
 
 
@@ -63,31 +59,22 @@ RECORDED = {
         threshold_f1=[.8571428571428571, .8, .6666666666666666], subset=.3333333333333333,
         auroc=[.7777777777777779, .8888888888888888, None],
         confusion=[[[2, 1], [0, 3]], [[3, 0], [1, 2]], [[0, 0], [3, 3]]]),
-    "one image": dict(
-        truth=[[0, 1, 0]], probabilities=[[.6, .3, .2]], multi_label=False,
-        argmax=(0, 0, 0, 0, 0, 0), argmax_f1=[0, 0, 0], accuracy=0, balanced=0,
-        threshold=(0, 0, 0, 0, 0, 0), threshold_f1=[0, 0, 0], subset=0,
-        auroc=[None, None, None], confusion=[[0, 0, 0], [1, 0, 0], [0, 0, 0]]),
-    "constant scores": dict(
-        truth=np.eye(3)[[0, 1, 1, 2]], probabilities=np.full((4, 3), .5), multi_label=False,
-        argmax=(.25, .13333333333333333, .25, .08333333333333333, .25, .3333333333333333),
-        argmax_f1=[.4, 0, 0], accuracy=.25, balanced=.3333333333333333,
-        threshold=(0, 0, 0, 0, 0, 0), threshold_f1=[0, 0, 0], subset=0,
-        auroc=[.5, .5, .5], confusion=[[1, 0, 0], [2, 0, 0], [1, 0, 0]]),
 }
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_scores_equal_scikit_learn(name):
     case = RECORDED[name]
-    result = named_score(case["truth"], case["probabilities"], case["multi_label"])
+    truth, probabilities = np.asarray(case["truth"]), np.asarray(case["probabilities"])
+    result = named_score(truth, probabilities, case["multi_label"])
+    assert ("argmax" in result) == ("argmax" in case)
     for rule, key in (("argmax", "argmax"), ("threshold", "threshold_0.5")):
-        assert (key in result) == (rule in case)
         if rule in case:
             scores = result[key]
             assert [scores[n] for n in NAMES] == pytest.approx(case[rule], abs=1e-12)
             each = [row["f1"] for row in scores["per_class"]]
             assert each == pytest.approx(case[rule + "_f1"], abs=1e-12)
+            assert [row["n"] for row in scores["per_class"]] == truth.sum(0).tolist()
     assert result["threshold_0.5"]["subset_accuracy"] == pytest.approx(case["subset"])
     if case["multi_label"]:
         assert result["headline"] == case["threshold"][0] and "pooled" in result["headline_name"]
@@ -96,83 +83,54 @@ def test_scores_equal_scikit_learn(name):
         assert result["argmax"]["accuracy"] == pytest.approx(case["accuracy"])
         assert result["argmax"]["balanced_accuracy"] == pytest.approx(case["balanced"])
     assert list(result["auroc"]["per_class"].values()) == pytest.approx(case["auroc"], abs=1e-12)
-    defined = [area for area in case["auroc"] if area is not None]
-    assert result["auroc"]["macro"] == (pytest.approx(np.mean(defined)) if defined else None)
     assert result["confusion"] == case["confusion"]
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-@pytest.mark.parametrize("n, k", [(1, 2), (7, 3), (40, 5)])
-def test_scores_equal_explicit_loops(multi_label, n, k):
-    truth, p = random_case(np.random.default_rng(3), n, k, multi_label)
-    result = named_score(truth, p, multi_label)
-    got, f1s, recalls, hits, errors = result["threshold_0.5"], [], [], 0, 0
-    for c, row in enumerate(got["per_class"]):
-        tp = sum(truth[i, c] == 1 and p[i, c] > 0.5 for i in range(n))
-        fp = sum(truth[i, c] == 0 and p[i, c] > 0.5 for i in range(n))
-        fn = sum(truth[i, c] == 1 and not p[i, c] > 0.5 for i in range(n))
-        assert [row[x] for x in ("tp", "fp", "fn", "tn", "n")] == [
-            tp, fp, fn, n - tp - fp - fn, tp + fn]
-        hits, errors = hits + tp, errors + fp + fn
-        f1s.append(2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0)
-        recalls.append(tp / (tp + fn) if tp + fn else 0)
-        with_class, without = p[truth[:, c] == 1, c], p[truth[:, c] == 0, c]
-        right = [(a > b) + 0.5 * (a == b) for a in with_class for b in without]
-        area = result["auroc"]["per_class"][f"c{c}"]
+@pytest.mark.parametrize("n, k", [(1, 2), (40, 5)])
+def test_areas_are_shares_of_pairs_in_the_right_order(multi_label, n, k):
+    truth, p = random_case(3, n, k, multi_label)
+    got, areas = named_score(truth, p, multi_label)["auroc"], []
+    for c, area in enumerate(got["per_class"].values()):
+        have, lack = p[truth[:, c] == 1, c], p[truth[:, c] == 0, c]
+        right = [(a > b) + 0.5 * (a == b) for a in have for b in lack]
         assert area == (pytest.approx(np.mean(right)) if right else None)
-    assert got["f1_macro"] == pytest.approx(np.mean(f1s))
-    assert got["recall_macro"] == pytest.approx(np.mean(recalls))
-    assert got["f1_pooled"] == pytest.approx(2 * hits / max(1, 2 * hits + errors))
-    exact = [((p[i] > .5) == truth[i]).all() for i in range(n)]
-    assert got["subset_accuracy"] == pytest.approx(np.mean(exact))
+        areas += [area] if right else []
+    assert got["macro"] == (pytest.approx(np.mean(areas)) if areas else None)
 
 
-def test_macro_recall_counts_absent_classes_and_balanced_accuracy_does_not():
-    got = named_score(np.eye(3)[[0, 0, 1, 1]], np.eye(3)[[0, 0, 1, 2]] * 0.9, False)["argmax"]
-    assert got["balanced_accuracy"] == pytest.approx((1 + .5) / 2)
-    assert got["recall_macro"] == pytest.approx((1 + .5) / 3)
+def test_no_class_in_any_image_leaves_balanced_accuracy_undefined():
     nothing = named_score(np.zeros((3, 2)), np.full((3, 2), .9), True)["threshold_0.5"]
     assert nothing["balanced_accuracy"] is None and nothing["f1_macro"] == 0
 
 
-def test_decide():
+def test_decisions():
     p = np.array([[.5, .50001, .5], [.2, .2, .1], [.9, .3, .9]])
     assert m.decide(p, "threshold").tolist() == [[0, 1, 0], [0, 0, 0], [1, 0, 1]]
     assert m.decide(p, "argmax").tolist() == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]
 
 
-@pytest.mark.parametrize("truth, p, k, message", [
-    (np.eye(2), [[np.nan, 0], [0, 1]], 2, "probabilities must"),  # diverged
-    (np.eye(2), [[1.5, 0], [0, 1]], 2, "probabilities must"),     # logits, not probabilities
-    (np.eye(2), [[1, -.1], [0, 1]], 2, "probabilities must"),
-    (np.eye(2), np.eye(3), 2, "no match"), (np.eye(2), np.eye(2), 3, "no match"),
-    (np.zeros((0, 2)), np.zeros((0, 2)), 2, "no match")])
-def test_bad_input_is_refused(truth, p, k, message):
+@pytest.mark.parametrize("truth, p, message", [
+    (np.eye(2), [[np.nan, 0], [0, 1]], "probabilities must"),  # diverged
+    (np.eye(2), [[1.5, 0], [0, 1]], "probabilities must"),     # logits, not probabilities
+    (np.eye(2), [[1, -.1], [0, 1]], "probabilities must"),
+    (np.eye(2), np.eye(3), "no match"), (np.zeros((0, 2)), np.zeros((0, 2)), "no match")])
+def test_bad_input_is_refused(truth, p, message):
     with pytest.raises(ValueError, match=message):
-        m.score(truth, np.asarray(p), ["x"] * k, True)
+        named_score(truth, np.asarray(p), True)
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_bootstrap_is_the_quantile_of_resampled_headlines(multi_label):
-    truth, p = random_case(np.random.default_rng(5), 30, 4, multi_label)
+    truth, p = random_case(5, 30, 4, multi_label)
     generator, headlines = np.random.default_rng(7), []
     for _ in range(50):
         rows = generator.integers(30, size=30)
         headlines.append(named_score(truth[rows], p[rows], multi_label)["headline"])
     got = m.bootstrap_interval(truth, p, multi_label, draws=50, seed=7)
     assert got == pytest.approx(tuple(np.quantile(headlines, [.025, .975])), abs=1e-12)
-    assert got[0] < got[1]
-
-
-def test_bootstrap_properties():
-    truth, p = random_case(np.random.default_rng(6), 400, 4, False)
-    low, high = m.bootstrap_interval(truth, p, False, draws=200)
-    assert low < named_score(truth, p, False)["headline"] < high
-    assert (low, high) == m.bootstrap_interval(truth, p, False, draws=200)
-    few = m.bootstrap_interval(truth[:50], p[:50], False, draws=200)
-    assert few[1] - few[0] > 1.5 * (high - low)  # about 1 / sqrt(N): 2.8 times
-    assert m.bootstrap_interval(truth, truth, False, draws=20) == (1, 1)
+    assert got[0] < named_score(truth, p, multi_label)["headline"] < got[1]
 
 
 def test_mean_and_spread():
@@ -191,15 +149,14 @@ def test_gauges_equal_explicit_loops():
     shares = np.linalg.svd(unit, compute_uv=False)
     shares /= shares.sum()
     expected = {"cosine": cosine, "rank": math.exp(-sum(s * math.log(s) for s in shares))}
-    assert m.collapse_gauges(z) == pytest.approx(expected, abs=1e-6)
     scaled = z * torch.linspace(.1, 9, 9)[:, None]  # the length of a row must not matter
     assert m.collapse_gauges(scaled) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("outputs, cosine, rank", [
-    (torch.eye(6), 0, 6), (torch.full((4, 3), 2.), 1, 1), (torch.full((8, 8), 1e-20), 1, 1),
-    (torch.zeros(4, 3), 0, 0), (torch.tensor([[1., 0], [-3., 0]]), -1, 1),
-    (torch.cat([torch.zeros(2, 3), torch.eye(3)]), 0, 3), (torch.ones(1, 4), math.nan, 1),
+    (torch.eye(6), 0, 6), (torch.full((8, 8), 1e-20), 1, 1), (torch.zeros(4, 3), 0, 0),
+    (torch.tensor([[1., 0], [-3., 0]]), -1, 1), (torch.ones(1, 4), math.nan, 1),
+    (torch.cat([torch.zeros(2, 3), torch.eye(3)]), 0, 3),
     (torch.full((3, 3), math.inf), math.nan, math.nan)])
 def test_gauges_by_hand(outputs, cosine, rank):
     expected = {"cosine": cosine, "rank": rank}
@@ -211,9 +168,8 @@ def test_rounding_noise_is_not_rank():
     one, noise = (torch.randn(n, 300, generator=generator) for n in (1, 128))
     ranks = [m.collapse_gauges(one * (1 + size * noise))["rank"] for size in (0, 1e-7, 1e-3, .1)]
     assert ranks[0] < 1.001 and ranks[1] < 1.001 and ranks == sorted(ranks) and ranks[3] > 10
-    for dtype in (torch.bfloat16, torch.float16):
-        gauges = m.collapse_gauges((one * (1 + 1e-3 * noise)).to(dtype))
-        assert gauges["rank"] < 1.5 and gauges["cosine"] > 0.99
+    gauges = m.collapse_gauges((one * (1 + 1e-3 * noise)).to(torch.bfloat16))
+    assert gauges["rank"] < 1.5 and gauges["cosine"] > 0.99
 
 
 def two_networks():
@@ -235,11 +191,9 @@ def test_a_row_of_gauges():
     with torch.no_grad():
         for parameter in networks["vit"].parameters():
             parameter *= 3  # |3 p - p| / |p| = 2
-    assert gauges(steps)["vit_moved"] == pytest.approx(2)
-    infinite = [(steps[0][0] * math.inf, steps[0][1], "more is left alone")]
-    row = gauges(infinite)
+    row = gauges([(steps[0][0] * math.inf, steps[0][1], "more is left alone")])
+    assert row["vit_moved"] == pytest.approx(2)
     assert row["cnn_cosine"] is None and row["cnn_rank"] is None and row["vit_rank"] is not None
-    json.dumps(row, allow_nan=False)
 
 
 def test_the_untrained_row_leaves_buffers_graph_and_random_streams_alone():
@@ -247,20 +201,18 @@ def test_the_untrained_row_leaves_buffers_graph_and_random_streams_alone():
     kept = [*networks.values(), teacher]
     before = [b.clone() for network in kept for b in network.buffers()]
     loader = torch.utils.data.DataLoader(torch.randn(512, 4) + 3, 100, shuffle=True)
-    gauges, seen = m.Gauges(networks), []
+    gauges = m.Gauges(networks)
 
     def forward(batch):
-        seen.append(len(batch))
         return tuple(network(teacher(batch)) for network in networks.values())
     streams = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     outputs = gauges.untrained(forward, loader, teacher)
-    assert seen == [100, 100, 100] and len(outputs) == 3  # no more than 256 images need
+    assert len(outputs) == 3  # no more than 256 images need
     assert (outputs[0][0] == 0).any() and not outputs[0][0].requires_grad  # dropout: training mode
     assert torch.equal(streams[0], torch.get_rng_state())
     assert (np.random.get_state()[1].tolist(), random.getstate()) == streams[1:]
     after = [b for network in kept for b in network.buffers()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert gauges(outputs)["vit_moved"] == 0
 
 
 def test_a_collapsed_network_is_named_once():
@@ -275,20 +227,3 @@ def test_a_collapsed_network_is_named_once():
     sentence, = gauges.warnings(zero, None)
     assert sentence.startswith("vit ") and "before" not in sentence
     assert gauges.warnings(zero, first) == []
-
-
-# %% the file by itself
-
-
-def test_file_runs_alone_and_imports_nothing_of_ours(capsys):
-    text = Path(m.__file__).read_text()
-    names = {"__name__": "__main__"}
-    exec(compile(text, "<cell>", "exec"), names)  # as pasted into a notebook: no __file__
-    assert capsys.readouterr().out == "" and names["mean_and_spread"]([1.0])[0] == 1
-    imported = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
-    assert imported == {"math", "collections", "numpy", "torch"}
