@@ -3,27 +3,23 @@ Transformers see differently (Raghu et al. 2021): as arrays and as a picture.
 
     python -m extras.cka --weights runs/cass-mri --data ./mri
 
-compares all layers of a run's two networks, on test images, before and after training.
+compares all layers of a run's two networks, on test images.
 """
-
-import sys
-from pathlib import Path
-
-if not __package__:  # run by its path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
-from data import DataError, ImageSet
-from extras.maps import Network, batches, read_networks, tested_images, watch, write_pages
-from extras.pictures import draw_bar, draw_matrix, draw_page
-from runtime import UserError, clear_exit, command_parser, network_files, pick_device, positive
+from data import DataError, ImageRows, augmentation, make_loader
+from extras.features import read_networks
+from extras.maps import tested_images, watch, write_page
+from extras.pictures import draw_matrix, draw_page
+from runtime import UserError, clear_exit, command_parser, pick_device, positive
 
 # %% linear CKA (Kornblith et al. 2019)
 
@@ -79,25 +75,21 @@ def cka_matrix(first: nn.Module, second: nn.Module, loader: Iterable[Tensor]) ->
 # %% the command
 
 
-def draw_cka(networks: list[Network], images: ImageSet) -> tuple:
-    """CKA between the two networks of a run, before and after training: picture and arrays."""
-    arrays, columns = {}, []
-    for trained in (False, True):
-        pair = [network for network in networks if network.trained == trained]
-        if len(pair) != 2:
-            continue
-        first, second = (network.model for network in pair)
-        for network in pair if not trained else ():  # batch-norm statistics are unset there
-            device = next(network.model.parameters()).device
-            update_bn(batches(images, network), network.model, device)
-        matrix = cka_matrix(first, second, batches(images, pair[0], whole=True))
-        arrays[" and ".join(network.caption for network in pair)] = matrix
-        picture = draw_matrix(matrix, list(cka_layers(first)), list(cka_layers(second)))
-        columns.append([f"rows: {pair[0].caption}\ncolumns: {pair[1].caption}", picture])
-    columns.append(["", draw_bar(0, 1, 240, "linear CKA")])
+def draw_cka(args: argparse.Namespace) -> tuple:
+    """CKA between the two networks of a run: picture and arrays."""
+    networks = read_networks(args.weights, pick_device(args.device))
+    if len(networks) != 2:
+        raise UserError(f"CKA compares two networks of a run; {args.weights} has {len(networks)}")
+    (row_file, first), (column_file, second) = networks.items()
+    images = replace(tested_images(args.data, args.weights, args.images), window=first.window)
+    dataset = ImageRows(images, images.rows, augmentation(first.image_size, "none"))
+    batches = make_loader(dataset, min(16, len(dataset)), drop_last=True)  # of mixed classes
+    matrix = cka_matrix(first, second, batches)
     text = (f"Between the layers of two networks, on {len(images.rows)} test images. 1: both tell "
             "images apart in the same way, up to rotation and scale; 0: in unrelated ways.")
-    return draw_page("Linear CKA", text, columns), arrays
+    caption = f"rows: {first.arch} {row_file}\ncolumns: {second.arch} {column_file}"
+    picture = draw_matrix(matrix, list(cka_layers(first)), list(cka_layers(second)))
+    return draw_page("Linear CKA", text, [[caption, picture]]), {"cka": matrix}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,12 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, help="folder for cka.png and cka.npz (default: maps in the run)")
     args = parser.parse_args(argv)
     with clear_exit(DataError):
-        files = network_files(args.weights)
-        if len(files) != 2:
-            raise UserError(f"CKA compares two networks of a run; {args.weights} has {len(files)}")
-        images = tested_images(args.data, args.weights, args.images)
-        networks = read_networks(args.weights, None, pick_device(args.device))
-        write_pages(args.out or files[0].parent / "maps", {"cka": draw_cka(networks, images)})
+        write_page(args.out or args.weights / "maps", "cka", *draw_cka(args))
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -7,13 +7,8 @@
 One column a network, one row a quantity, one colour a run; epoch 0 is the untrained network.
 """
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run by its path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import json
+from pathlib import Path
 
 from PIL import Image
 
@@ -28,45 +23,42 @@ MEANING = {
     "knn": "F1 of nearest neighbours on frozen features, validation images",
     "linear": "F1 of a linear classifier on frozen features, validation images",
 }
-Curves = dict[str, dict[str, list[tuple[int, float]]]]
 
 
-def read_curves(run: Path) -> Curves:
-    """{network: {quantity: [(epoch, value)]}} from a run's `config.json` and `log.jsonl`."""
+def read_log(run: Path) -> list[dict]:
+    """The rows of a pretraining run's `log.jsonl`."""
     try:
-        options = json.loads((run / "config.json").read_text(encoding="utf-8"))["options"]
         lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         rows = []
-    arms = [key.removesuffix("_cosine") for key in (rows or [{}])[0] if key.endswith("_cosine")]
-    if not arms:
+    if not any(key.endswith("_cosine") for row in rows[:1] for key in row):
         raise UserError(f"{run} is no run folder of cass.py or dino.py with a log")
-    curves = {}
-    for arm in arms:
-        name = options.get(arm) or options["arch"]
-        name = f"{name} ({arm})" if name in curves else name  # two arms of one kind
-        curves[name] = {gauge: [] for gauge in MEANING}
-        for gauge, points in curves[name].items():
-            key = gauge if gauge == "loss" else f"{arm}_{gauge}"
-            points += [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-    return curves
+    return rows
 
 
-def draw_runs(runs: dict[str, Curves], gauges: list[str]) -> Image.Image:
-    """A picture of `read_curves` of several runs, by what each is called."""
-    columns = {network: [network] for curves in runs.values() for network in curves}
-    for gauge in gauges:
-        for network, column in columns.items():
-            cell = [curves.get(network, {}).get(gauge, []) for curves in runs.values()]
+def points(rows: list[dict], arm: str, gauge: str) -> list[tuple[int, float]]:
+    """(epoch, value) of one quantity of one network, where there is a value."""
+    key = gauge if gauge == "loss" else f"{arm}_{gauge}"
+    return [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def draw_runs(runs: dict[str, list[dict]], gauges: list[str]) -> Image.Image:
+    """A picture of the logs of several runs, by what each is called."""
+    keys = [key for rows in runs.values() for key in rows[0] if key.endswith("_cosine")]
+    columns = []
+    for arm in dict.fromkeys(key.removesuffix("_cosine") for key in keys):
+        columns.append([arm])
+        for gauge in gauges:
+            curves = [points(rows, arm, gauge) if f"{arm}_cosine" in rows[0] else []
+                      for rows in runs.values()]
             most = 1 if gauge in ("cosine", "knn", "linear") else 0
-            column.append(draw_curves(cell, gauge, most, log=gauge == "loss"))
+            columns[-1].append(draw_curves(curves, gauge, most))
+    legend = [[Image.new("RGB", (28, 14), colour), words(run, 200)]
+              for run, colour in zip(runs, LINES)]
+    columns.append(["runs", grid(legend)])
     meaning = "\n".join(f"{gauge}: {MEANING[gauge]}" for gauge in gauges)
-    legend = []
-    for run, colour in zip(runs, LINES):
-        legend.append([Image.new("RGB", (28, 14), colour), words(run, 200)])
-    columns["runs"] = ["runs", grid(legend)]
-    return draw_page("Pretraining, epoch by epoch", meaning, list(columns.values()))
+    return draw_page("Pretraining, epoch by epoch", meaning, columns)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,13 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     with clear_exit():
         if len(args.runs) > len(LINES) or args.out.suffix.lower() != ".png":
             raise UserError(f"at most {len(LINES)} runs, please, and an --out that ends in .png")
-        runs = {str(run): read_curves(run) for run in args.runs}
-        curves = [network for run in runs.values() for network in run.values()]
-        found = [gauge for gauge in MEANING if any(network[gauge] for network in curves)]
-        if missing := set(args.gauges or ()) - set(found):
+        runs = {str(run): read_log(run) for run in args.runs}
+        keys = {key.rpartition("_")[2] for rows in runs.values() for row in rows for key in row}
+        if missing := set(args.gauges or ()) - keys:
             raise UserError(f"no log has {' or '.join(missing)}; extras.probe adds knn and linear")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        draw_runs(runs, args.gauges or found).save(args.out)
+        draw_runs(runs, args.gauges or [key for key in MEANING if key in keys]).save(args.out)
         print(f"wrote {args.out}")
 
 

@@ -7,36 +7,50 @@ One array for each network, named like its file, such as `cnn` `(N, F)`; and for
 their `classes` `(K,)`. To read it: `np.load("features.npz")["cnn"]`.
 """
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run by its path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
-import os
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from data import (DataError, ImageRows, augmentation, good_rows, make_loader, read_images,
-                  read_split, split_images)
-from runtime import (UserError, clear_exit, command_parser, load_network, network_files,
+from data import (DataError, ImageCache, ImageRows, ImageSet, augmentation, good_rows, make_loader,
+                  read_images, read_split, split_images)
+from runtime import (UserError, aside, clear_exit, command_parser, load_network, network_files,
                      pick_device, pick_workers, positive, read_network)
 
 
+def read_networks(run: Path, device: torch.device,
+                  size: int | None = None) -> dict[Path, nn.Module]:
+    """{file: network} of a run, for images of `size`, None: of that in training. They carry `.arch`
+    and `.window`, the range of intensities they were trained with."""
+    networks = {}
+    for file in network_files(run):
+        saved = read_network(file)
+        network = load_network(file, size or saved["image_size"]).to(device)
+        network.arch, network.window = saved["arch"], saved["window"]
+        networks[file] = network
+    return networks
+
+
+def plain_batches(images: ImageSet, size: int, batch_size: int = 16, workers: int = 0,
+                  cache: ImageCache | None = None) -> Iterable[Tensor]:
+    """All `images` in order, without labels and augmentation."""
+    dataset = ImageRows(images, images.rows, augmentation(size, "none"), cache=cache)
+    return make_loader(dataset, batch_size, shuffle=False, workers=workers)
+
+
 @torch.no_grad()
-def pooled_features(network: nn.Module, loader: Iterable[torch.Tensor]) -> np.ndarray:
-    """What the classifier of a timm network would see, `(N, F)` float32."""
+def pooled_features(network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """What the classifier of a timm network would see, `(N, F)`."""
     device, features = next(network.parameters()).device, []
     network.eval()
-    for images in loader:
+    for images in batches:
         maps = network.forward_features(images.to(device))
-        features.append(network.forward_head(maps, pre_logits=True).float().cpu().numpy())
-    return np.concatenate(features)
+        features.append(network.forward_head(maps, pre_logits=True).float().cpu())
+    return torch.cat(features)
 
 
 def run_features(args: argparse.Namespace) -> None:
@@ -53,17 +67,14 @@ def run_features(args: argparse.Namespace) -> None:
     arrays |= {"labels": images.truth(images.rows), "classes": np.array(images.classes, str)}
     for note in images.notes:
         print(f"note: {note}")
-    for file in files:
-        saved = read_network(file)
-        size, shown = saved["image_size"], replace(images, window=saved["window"])
-        dataset = ImageRows(shown, images.rows, augmentation(size, "none"))
-        loader = make_loader(dataset, args.batch_size, shuffle=False, workers=workers)
-        arrays[file.stem] = pooled_features(load_network(file, size).to(device), loader)
-        print(f"{file.stem}: {' x '.join(map(str, arrays[file.stem].shape))} of {saved['arch']}")
-    aside = args.out.with_suffix(".tmp.npz")
+    for file, network in read_networks(args.weights, device).items():
+        shown = replace(images, window=network.window)
+        batches = plain_batches(shown, network.image_size, args.batch_size, workers)
+        arrays[file.stem] = pooled_features(network, batches).numpy()
+        print(f"{file.stem}: {' x '.join(map(str, arrays[file.stem].shape))} of {network.arch}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(aside, **arrays)
-    os.replace(aside, args.out)
+    with aside(args.out) as file, open(file, "wb") as handle:
+        np.savez(handle, **arrays)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -117,7 +117,8 @@ TABLES = {
         ("ResNet-50", {}, "0.8680±0.001 0.8894±0.0005"),
         ("ResNet-200, random start", FROM_RANDOM, "0.8517±0.0009 0.874±0.0006"))},
     "T13": {"title": "Supervised, for T12", "data": AUTO, "rows": ablate(
-        ("ResNet-18", {"cnn": R18}, "0.8499±0.0004"), ("ResNet-50", {"cnn": R50}, "0.83895±0.007"),
+        ("ResNet-18", {"cnn": R18}, "0.8499±0.0004"),
+        ("ResNet-50", {"cnn": R50}, "0.83895±0.007"),
         ("ResNet-200, random start", {"cnn": R200, "init": "random"}, "0.833±0.0005"),
         method="supervised")},
     "T14": {"title": "Batch size", "data": BRAIN, "rows": ablate(

@@ -7,51 +7,44 @@ The first scores the networks of a run; the second runs a pretraining command an
 every fifth epoch to its log. Labels are used to look with: no network is trained on them.
 """
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run by its path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from cass import cass_options, run_cass
-from data import (DataError, ImageCache, ImageRows, ImageSet, augmentation, make_loader,
-                  open_images, read_images, read_split)
+from data import DataError, ImageCache, ImageSet, open_images, read_images, read_split
 from dino import dino_options, run_dino
+from extras.features import plain_batches, pooled_features, read_networks
 from metrics import decide, score
-from runtime import (UserError, clear_exit, command_parser, load_network, network_files,
-                     pick_device, pick_workers, positive, read_network)
+from runtime import (UserError, clear_exit, command_parser, network_files, pick_device,
+                     pick_workers, positive)
 
 METHODS = {"cass": (cass_options, run_cass), "dino": (dino_options, run_dino)}
 
 # %% scores of features
 
 
-@torch.no_grad()
-def network_features(network: nn.Module, train: Iterable, validation: Iterable) -> list[tuple]:
-    """[(features `(N, F)`, truth `(N, K)`) of `train`, of `validation`]: pooled, before the head.
-
-    Batches are (images, multi-hot truth). Batch-norm statistics, in training behind and before it
-    unset, are computed anew. The network, here copied, and the random streams stay as they are."""
-    device, network = next(network.parameters()).device, copy.deepcopy(network)
-    found = []
+def probe_network(network: nn.Module, images: ImageSet, batch_size: int, workers: int = 0,
+                  cache: ImageCache | None = None) -> dict[str, float]:
+    """`probe_scores` of the pooled features of a network, which, as the random streams, stays as it
+    is. Batch-norm statistics, in training behind and before it unset, are computed anew."""
+    require_labels(images)
+    device, network, parts = next(network.parameters()).device, copy.deepcopy(network), []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.optim.swa_utils.update_bn(train, network, device)
-        network.eval()
-        for loader in (train, validation):
-            features, truth = [], []
-            for images, labels in loader:
-                maps = network.forward_features(images.to(device))
-                features.append(network.forward_head(maps, pre_logits=True).double().cpu())
-                truth.append(labels)
-            found.append((torch.cat(features), torch.cat(truth)))
-    return found
+        for part in ("train", "val"):
+            rows = images.labelled(images.part(part))
+            batches = plain_batches(replace(images, rows=rows), network.image_size, batch_size,
+                                    workers, cache)
+            if part == "train":
+                torch.optim.swa_utils.update_bn(batches, network, device)
+            features = pooled_features(network, batches).double()
+            parts.append((features, torch.from_numpy(images.truth(rows))))
+    return probe_scores(*parts, images.multi_label)
 
 
 def fit_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
@@ -99,32 +92,23 @@ def probe_scores(train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]
 # %% the command
 
 
-def probe_loaders(images: ImageSet, size: int, batch_size: int, workers: int = 0,
-                  cache: ImageCache | None = None) -> tuple[Iterable, Iterable]:
-    """The training and the validation part with labels, in order and without augmentation."""
+def require_labels(images: ImageSet) -> None:
     if not images.classes or not images.part("val"):
         raise UserError(f"{images.folder} has no labels or no validation part, as probes need")
-    loaders = []
-    for part in ("train", "val"):
-        dataset = ImageRows(images, images.part(part), augmentation(size, "none"),
-                            labelled=True, cache=cache)
-        loaders.append(make_loader(dataset, batch_size, shuffle=False, workers=workers))
-    return tuple(loaders)
 
 
 def look_into(args: argparse.Namespace, every: int) -> Callable[[int, dict[str, nn.Module]], dict]:
     """A `look` for `run_cass` or `run_dino` with options `args`: scores of every so many epochs."""
     images, workers = open_images(args), pick_workers(args.workers, pick_device(args.device))
-    probe_loaders(images, args.image_size, args.batch_size)  # a complaint comes before all else
+    require_labels(images)  # a complaint comes before all else
 
     def look(epoch: int, networks: dict[str, nn.Module]) -> dict[str, float]:
         if epoch % every and epoch != args.epochs:
             return {}
         cache = args.cache and ImageCache(images, args.image_size, args.cache, workers)
-        loaders = probe_loaders(images, args.image_size, args.batch_size, workers, cache)
         row = {}
         for name, network in networks.items():
-            scores = probe_scores(*network_features(network, *loaders), images.multi_label)
+            scores = probe_network(network, images, args.batch_size, workers, cache)
             row |= {f"{name}_{probe}": scores[probe] for probe in ("knn", "linear")}
         return row
     return look
@@ -132,23 +116,18 @@ def look_into(args: argparse.Namespace, every: int) -> Callable[[int, dict[str, 
 
 def probe_run(weights: Path, images: ImageSet, args: argparse.Namespace) -> None:
     """Print a row for each network of a run, scored on the split it was pretrained with."""
-    files = network_files(weights)
-    split = read_split(files[0].parent / "split.csv", images)
+    split = read_split(network_files(weights)[0].parent / "split.csv", images)
     device = pick_device(args.device)
     workers = pick_workers(args.workers, device)
-    for file in files:
-        saved = read_network(file)
-        split.window = saved["window"]
-        network = load_network(file, saved["image_size"]).to(device)
-        loaders = probe_loaders(split, network.image_size, args.batch_size, workers)
-        train, validation = network_features(network, *loaders)
-        scores = probe_scores(train, validation, split.multi_label)
-        print(f"{str(file)[-40:]:42}{saved['arch'][:28]:30}{train[0].shape[1]:6d}"
+    for file, network in read_networks(weights, device).items():
+        shown = replace(split, window=network.window)
+        scores = probe_network(network, shown, args.batch_size, workers)
+        print(f"{str(file)[-40:]:42}{network.arch[:28]:30}{network.num_features:6d}"
               f"{scores['knn']:7.3f}{scores['linear']:8.3f}", flush=True)
     print(f"{'the same answer for every image':78}{scores['guess']:7.3f}{scores['guess']:8.3f}")
 
 
-def probe_options() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> None:
     parser = command_parser("python -m extras.probe", "Score simple classifiers on features.")
     add = parser.add_argument
     add("--weights", type=Path, action="append", metavar="RUN|FILE",
@@ -159,20 +138,15 @@ def probe_options() -> argparse.ArgumentParser:
     add("--workers", type=int, help="loader processes (default: as in cass.py)")
     add("--every", type=positive(int), metavar="N", help="or score every N epochs of the command")
     add("command", nargs=argparse.REMAINDER, metavar="cass.py|dino.py ...", help="after --every N")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = probe_options().parse_args(argv)
+    args = parser.parse_args(argv)
     with clear_exit(DataError, FloatingPointError, resumable=bool(args.every)):
         if args.every:
-            method = Path(args.command[0]).stem if args.command else ""
-            if method not in METHODS:
+            script, *words = args.command or [""]
+            if Path(script).stem not in METHODS:
                 raise UserError("--every N is followed by cass.py or dino.py and its options")
-            method_options, run_method = METHODS[method]
-            options = method_options().parse_args(args.command[1:])
-            run_method(options, look=look_into(options, args.every))
-            return
+            method_options, run_method = METHODS[Path(script).stem]
+            options = method_options().parse_args(words)
+            return run_method(options, look=look_into(options, args.every))
         if not args.weights or not args.data or args.command:
             raise UserError("give --weights RUN --data DIR, or --every N cass.py OPTIONS")
         images = read_images(args.data)

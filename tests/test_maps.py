@@ -1,7 +1,6 @@
 """extras/maps.py: arrays against recomputation without hooks; networks and images of a run; the
 command. extras/pictures.py: colours, words and pages."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,9 @@ from helpers import put, sentence
 from PIL import Image
 from torch import Tensor, nn
 
-import cass
 from data import read_images, split_images, write_split
 from extras import maps, pictures
+from extras.features import plain_batches, read_networks
 from runtime import Run, UserError, build_model
 
 SMALL = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5,
@@ -126,19 +125,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return put(tmp_path_factory.mktemp("data") / "scans", *names)
 
 
-def make_run(folder: Path, data: Path, tuned: bool = False, **networks: str) -> Path:
-    """A run folder with networks that have moved away from their start."""
+def make_run(folder: Path, data: Path, **networks: str) -> Path:
+    """A run folder with networks."""
     images = split_images(read_images(data))
     run = Run(folder, {"init": "random", "seed": 3, "epochs": 1, "resume": False})
     run.begin(classes=images.classes, multi_label=False, window=None)
     write_split(folder / "split.csv", images)
     for name, arch in (networks or {"cnn": "test_resnet", "transformer": "test_vit"}).items():
         model = build_model(arch, "random", 32, outputs=4, seed=3)
-        for p in model.parameters():
-            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
         run.save_network(f"{name}.pt", model, arch)
-    if tuned:
-        (folder / "result.json").write_text(json.dumps({}))
     return folder
 
 
@@ -154,29 +149,15 @@ def test_sampled_images_are_test_images_in_the_classes_proportions(data: Path, r
     assert len(maps.tested_images(data, run / "cnn.pt", 100).rows) == 12
 
 
-def test_the_start_is_that_of_cass(data: Path, tmp_path: Path) -> None:
-    """With a rate of almost nothing, training ends where it began."""
-    cass.main(["--data", str(data), "--init", "random", "--cnn", "test_resnet", "--transformer",
-               "test_vit", "--image-size", "32", "--epochs", "1", "--lr", "1e-12", "--workers", "0",
-               "--seed", "5", "--out", str(tmp_path / "run")])
-    found = maps.read_networks(tmp_path / "run", None, torch.device("cpu"))
-    assert [network.trained for network in found] == [False, True, False, True]
-    tuned = make_run(tmp_path / "tuned", data, tuned=True)  # that is another run's business
-    assert all(n.trained for n in maps.read_networks(tuned, None, torch.device("cpu")))
-    for start, trained in (found[:2], found[2:]):
-        for p, q in zip(start.model.parameters(), trained.model.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
-
-
-def test_a_larger_image_size_makes_finer_maps_of_both(data: Path, run: Path) -> None:
+def test_a_larger_image_size_makes_finer_maps(data: Path, run: Path) -> None:
     image = torch.rand(1, 3, 64, 64)
-    for network in maps.read_networks(run / "transformer.pt", 64, torch.device("cpu")):
-        assert maps.class_attention(network.model, image).shape == (1, 4, 4)  # 2 x 2 in training
-        assert network.model.image_size == 64
+    (network,) = read_networks(run / "transformer.pt", torch.device("cpu"), 64).values()
+    assert maps.class_attention(network, image).shape == (1, 4, 4)  # 2 x 2 in training
+    assert network.image_size == 64
 
 
 def test_the_command_draws_what_the_arrays_say(data: Path, run: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "tuned", data, tuned=True)
+    other = make_run(tmp_path / "other", data)
     out = tmp_path / "out"
     maps.main(["--weights", str(run), "--weights", str(other), "--image",
                str(data / "test" / "a" / "0.png"), "--data", str(data), "--average", "6",
@@ -189,16 +170,16 @@ def test_the_command_draws_what_the_arrays_say(data: Path, run: Path, tmp_path: 
             assert 700 < picture.width < 2000 and 300 < picture.height < 2000
             assert len(picture.getcolors(picture.width * picture.height)) > 50
     average = np.load(out / "attention-average.npz")
-    assert len(average) == 3
+    assert len(average) == 2
     assert all(values.mean() == pytest.approx(1) for values in average.values())
-    key = f"test_vit, trained {run / 'transformer.pt'}"
-    model = maps.read_networks(run, None, torch.device("cpu"))[-1]
+    key = f"test_vit {run / 'transformer.pt'}"
+    model = read_networks(run, torch.device("cpu"))[run / "transformer.pt"]
     rows = maps.tested_images(data, run, 6)
-    found = [maps.class_attention(model.model, batch)[0] for x in maps.batches(rows, model)
+    found = [maps.class_attention(model, batch)[0] for x in plain_batches(rows, 32)
              for batch in x[:, None]]
     mean = np.mean(found, axis=0)
     np.testing.assert_allclose(average[key], mean / mean.mean(), rtol=1e-4)
-    assert len(np.load(out / "features-0.npz")) == 3 * 5
+    assert len(np.load(out / "features-0.npz")) == 2 * 5
 
 
 def test_only_what_a_network_has_is_drawn_and_beside_the_run(data: Path, tmp_path: Path) -> None:
@@ -240,8 +221,8 @@ def test_colours_rise_in_lightness_and_keep_their_places() -> None:
     lightness = ramp @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(lightness[::8]) > 0).all()
     painted = np.asarray(pictures.paint(np.array([[0.0, 1.0], [2.0, np.nan]]), 0, 2, (4, 4)))
-    for at, colour in (((0, 0), 0), ((0, 3), 2), ((3, 0), 4), ((3, 3), 0)):
-        assert (painted[at] == pictures.RAMP[colour]).all()
+    for at, colour in (((0, 0), 0), ((0, 3), 2), ((3, 0), 1), ((3, 3), 0)):
+        assert np.abs(painted[at].astype(int) - pictures.RAMP[colour]).max() < 3
     assert np.asarray(pictures.paint(np.ones((2, 2)), 1, 1, (2, 2))).std(axis=(0, 1)).max() == 0
 
 

@@ -11,6 +11,7 @@ import torch
 from helpers import class_folders, sentence
 from torch import Tensor
 
+from data import read_images, split_images
 from extras import probe
 
 # %% scores of features
@@ -84,13 +85,13 @@ def test_probes_only_guess_without_labels_or_features() -> None:
     assert set(few) == {"knn", "linear", "guess"} and few["guess"] == 0
 
 
-def test_features_leave_the_network_and_the_random_stream_alone() -> None:
+def test_features_leave_the_network_and_the_random_stream_alone(tmp_path: Path) -> None:
     network = timm.create_model("test_resnet", num_classes=5, drop_rate=0.5)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    batches = [(torch.randn(4, 3, 32, 32), torch.eye(4)) for _ in range(2)]
+    network.image_size = 32
+    images = split_images(read_images(class_folders(tmp_path, cat=10, dog=10)))
     stream = torch.get_rng_state()
-    (x, y), (z, _) = probe.network_features(network, batches, batches[:1])
-    assert x.shape == (8, network.num_features) and y.shape == (8, 4) and len(z) == 4
+    assert set(probe.probe_network(network, images, 4)) == {"knn", "linear", "guess"}
     assert network.training and torch.equal(stream, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
 
