@@ -18,7 +18,7 @@ import io
 import os
 import posixpath
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -69,14 +69,7 @@ def read_images(folder: str | Path) -> ImageSet:
     labelled = {row.split for row in rows if row.labels}
     rows = [row for row in rows if row.labels or row.split not in labelled]
     classes = sorted({label for row in rows for label in row.labels}, key=_by_number)
-    used = {row.path for row in rows}
-    beside = " and ".join(sorted(parts)) or "the class folders"
-    notes += such([path for path in paths if path not in used],
-                   f"images beside {beside} are not used")
-    full = {"/".join(path.split("/")[:depth + 1]) for path in used}
-    notes += such([path for path in folders if path.count("/") == depth and path not in full],
-                   "folders hold no images of their own")
-    notes += _doubts(rows, classes, depth + 1)
+    notes += _doubts(rows, paths, folders, depth)
     return ImageSet(folder, rows, distinct_classes(classes), notes=notes)
 
 
@@ -84,50 +77,57 @@ def _walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """All images and all folders below `folder`, relative to it and sorted, and a note of what
     else is there. What lies behind links comes after the rest, and each folder once, so that no
     link puts an image into two classes."""
-    def cant_list(error: OSError) -> None:
-        raise DataError(f"folder {error.filename} can't be read: {error.strerror}")
     require(folder.is_dir(), f"{folder} is not a folder; --data names the one with the images")
     seen = {str(above) for above in folder.resolve().parents}
-    images, below, others, waiting = [], [], Counter(), [str(folder)]
-    while waiting:
-        for here, folders, files in os.walk(waiting.pop(0), onerror=cant_list):
-            if os.path.realpath(here) in seen:
-                folders.clear()
+    images, folders, others = [], [], Counter()
+    waiting, links = [""], []  # folders to look into, with a / at the end
+    while waiting or links:
+        here = (waiting or links).pop(0)
+        real = os.path.realpath(folder / here)
+        if real in seen:
+            continue
+        seen.add(real)
+        for entry in sorted(os.scandir(folder / here), key=lambda entry: entry.name):
+            path, name = here + entry.name, entry.name.lower()
+            if name.startswith((".", "__macosx")):
                 continue
-            seen.add(os.path.realpath(here))
-            folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-            paths = [os.path.join(here, name) for name in folders]
-            below += paths
-            waiting += filter(os.path.islink, paths)
-            for name in files:
-                if name.lower().endswith(ENDINGS) and not name.startswith("."):
-                    images.append(os.path.join(here, name))
-                elif not name.startswith(".") and name not in ("labels.csv", "Thumbs.db"):
-                    others[os.path.splitext(name)[1].lower() or name] += 1
+            if os.path.isdir(entry):
+                folders.append(path)
+                (links if entry.is_symlink() else waiting).append(path + "/")
+            elif name.endswith(ENDINGS):
+                images.append(path)
+            elif name not in ("labels.csv", "thumbs.db"):
+                others[os.path.splitext(name)[1] or name] += 1
     kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(6))
     require(images, f"{folder} holds no images ({' '.join(ENDINGS)}), but {kinds or 'no files'}; "
                     "--data names the folder that holds them")
     for path in images:  # what fits into no CSV file; bytes that are no UTF-8 come from old zips
         require(not re.search("[\r\n\ud800-\udfff]", path),
                 f"the name of {ascii(path)} is not plain text; rename that file")
-    images, below = (sorted(os.path.relpath(path, folder).replace(os.sep, "/") for path in paths)
-                     for paths in (images, below))
-    return images, below, [f"files not read: {kinds}"] if kinds else []
+    return sorted(images), sorted(folders), [f"files not read: {kinds}"] if kinds else []
 
 
 NO_CLASS = re.compile(r"(?i)(images?|masks?|labels?|annotations?|(train|val|test)([ _-]\w+|set)?)")
 MASK = re.compile(r"(?i)[_-](masks?|seg\w*|gt|label)(_?\d+)?$")
 
 
-def _doubts(rows: list[Row], classes: list[str], depth: int) -> list[str]:
-    """Notes on folders that look as if something else was meant."""
-    other = [name for name in classes if NO_CLASS.fullmatch(name)]
-    deeper = [row.path for row in rows if row.labels and row.path.count("/") > depth]
-    stems = {os.path.splitext(row.path)[0] for row in rows}
-    masks = sorted(stem for stem in stems if MASK.search(stem) and MASK.sub("", stem) in stems)
-    return (such(other, "folders are taken for classes; call parts train, val, test; no masks here")
-            + such(deeper, "images lie deeper than their class folder; else write a labels.csv")
-            + such(masks, "images look like masks of others; move them out of the folder"))
+def _doubts(rows: list[Row], paths: list[str], folders: list[str], depth: int) -> list[str]:
+    """Notes on what is not used, and on folders that look as if something else was meant."""
+    used = {row.path for row in rows}
+    full = {"/".join(path.split("/")[:depth + 1]) for path in used}
+    classes = sorted({label for row in rows for label in row.labels})
+    stems = {os.path.splitext(path)[0] for path in used}
+    return [
+        *such([path for path in paths if path not in used],
+              "images beside the class folders are not used"),
+        *such([path for path in folders if path.count("/") == depth and path not in full],
+              "folders hold no images of their own"),
+        *such([name for name in classes if NO_CLASS.fullmatch(name)],
+              "folders are taken for classes; call parts train, val, test; no masks here"),
+        *such([row.path for row in rows if row.labels and row.path.count("/") > depth + 1],
+              "images lie deeper than their class folder; else write a labels.csv"),
+        *such(sorted(stem for stem in stems if MASK.search(stem) and MASK.sub("", stem) in stems),
+              "images look like masks of others; move them out of the folder")]
 
 
 def _by_number(name: str) -> tuple:
@@ -160,41 +160,38 @@ def read_table(file: Path, strip: bool = True) -> tuple[list[str], list[tuple[in
     try:
         raw = file.read_bytes()
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        first = next(filter(str.strip, text.splitlines()), "")
+        table = csv.reader(io.StringIO(text, newline=None), delimiter=max(",;\t", key=first.count))
+        lines = [(table.line_num, cells) for cells in table if any(map(str.strip, cells))]
     except OSError as error:
         raise DataError(f"{file} can't be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise DataError(f"{file} is not UTF-8 text; save it as CSV UTF-8") from None
-    first = next(filter(str.strip, text.splitlines()), "")
-    table = csv.reader(io.StringIO(text, newline=None), delimiter=max(",;\t", key=first.count))
-    header, lines = [], []
-    try:
-        for cells in table:
-            where = f"{file} line {table.line_num}"
-            bare = [cell.strip() for cell in cells]
-            require("\n" not in "".join(bare),
-                    f"{where} ends a cell that goes over several lines; is a quote unclosed?")
-            if not header:
-                header = bare[:max([i + 1 for i, cell in enumerate(bare) if cell], default=0)]
-            elif any(bare):
-                require(len(bare) >= len(header) and not any(bare[len(header):]),
-                        f"{where} has {len(bare)} cells, not the {len(header)} of its first line")
-                lines.append((table.line_num, dict(zip(header, bare if strip else cells))))
     except csv.Error as error:
         raise DataError(f"{file} line {table.line_num} can't be read: {error}; "
                         "is a quote unclosed?") from None
+    header = [cell.strip() for cell in lines[0][1]] if lines else []
+    while header and not header[-1]:
+        header.pop()
+    for number, cells in lines:
+        bare, where = [cell.strip() for cell in cells], f"{file} line {number}"
+        require("\n" not in "".join(bare),
+                f"{where} ends a cell that goes over several lines; is a quote unclosed?")
+        require(len(bare) >= len(header) and not any(bare[len(header):]),
+                f"{where} has {len(bare)} cells, not the {len(header)} of its first line")
+        cells[:] = bare if strip else cells
     names = [name for name in header if name and not name.startswith("Unnamed:")]
     require(len(set(names)) == len(names),
             f"{file} needs distinct column names in its first line, not {', '.join(names)}")
-    return names, lines
+    return names, [(number, dict(zip(header, cells))) for number, cells in lines[1:]]
 
 
 def _read_csv(folder: Path) -> ImageSet:
     """Read `labels.csv`; what can be wrong with it is told here and in `_labels`."""
     file = folder / "labels.csv"
     header, lines = read_table(file)
-    column = {name.lower(): name for name in header if name.lower() in ("image", "group", "split")}
-    names = [name for name in header if name not in column.values()]
-    require("image" in column,
+    names = [name for name in header if name.lower() not in ("image", "group", "split")]
+    require("image" in [name.lower() for name in header],
             f"{file} needs a first line of column names, one of them `image`; it has "
             f"{', '.join(header) or 'none'}; for tables of another form see extras/prepare.py")
     require(len(names) < 2 or not {"label", "labels"} & {name.lower() for name in names},
@@ -203,8 +200,8 @@ def _read_csv(folder: Path) -> ImageSet:
     require(lines, f"{file} has no rows below its first line")
     rows: dict[str, Row] = {}
     for number, line in lines:
-        where = f"{file} line {number}"
-        path, group, part = (line.get(column.get(key), "") for key in ("image", "group", "split"))
+        where, cells = f"{file} line {number}", {name.lower(): line[name] for name in line}
+        path, group, part = (cells.get(name, "") for name in ("image", "group", "split"))
         path = posixpath.normpath(path) if path else "no image"  # ./a.png and a.png are one
         require(path not in rows, f"{where} names {path} again; keep one of the two lines")
         require(not posixpath.isabs(path) and not path.startswith(".."),
@@ -262,12 +259,11 @@ def split_images(images: ImageSet, *, seed: int = 0,
         rows[i] = replace(rows[i], split=parts[part])
     notes = list(images.notes)
     for part in PARTS:
-        here = [row.labels for row in rows if row.split == part]
-        missing = [name for name in images.classes if not any(name in labels for labels in here)]
-        if here and not any(here) and images.classes:
-            notes.append(f"the {part} part has no labels")
-        elif missing:
-            notes.append(f"the {part} part has no image of {', '.join(missing)}")
+        here = [row for row in rows if row.split == part]
+        known = {label for row in here for label in row.labels}
+        missing = [name for name in images.classes if name not in known]
+        what = f"image of {', '.join(missing)}" if known or not here else "labels"
+        notes += [f"the {part} part has no {what}"] * bool(missing)
     return replace(images, rows=rows, notes=notes)
 
 
@@ -318,11 +314,11 @@ def label_fraction(images: ImageSet, rows: list[Row], fraction: float, seed: int
 
 def write_split(file: Path, images: ImageSet) -> None:
     """Write `split.csv`; fine-tuning reads it, so that no test image was ever seen."""
-    aside = file.with_name(file.name + ".tmp")
-    with open(aside, "w", newline="", encoding="utf-8") as handle:
-        table = [(row.path, row.split, "|".join(row.labels), row.group) for row in images.rows]
+    from runtime import aside
+
+    table = [(row.path, row.split, "|".join(row.labels), row.group) for row in images.rows]
+    with aside(file) as new, open(new, "w", newline="", encoding="utf-8") as handle:
         csv.writer(handle).writerows([("path", "split", "labels", "group"), *table])
-    os.replace(aside, file)
 
 
 def read_split(file: Path, images: ImageSet, grow: bool = False) -> ImageSet:
@@ -339,18 +335,18 @@ def read_split(file: Path, images: ImageSet, grow: bool = False) -> ImageSet:
         now = "|".join(known[path].labels) if path in known else ""
         require(labels in ("", now) or not now,  # they may have been added or taken away
                 f"{where}: {path} has other labels in {images.folder} now")
-    both = [replace(known[path], split=part) for path, part in parts.items() if path in known]
-    others = [row for row in images.rows if row.path not in parts]
-    require(parts and (both or grow), f"{file} is empty or of another data set than the images")
-    if grow and not both:
+    rows = [replace(known[path], split=part) for path, part in parts.items() if path in known]
+    require(parts and (rows or grow), f"{file} is empty or of another data set than the images")
+    if not rows:
         note = f"{images.folder} holds no image of {file} and is split anew"
         return replace(images, notes=[*images.notes, note])
     for path in parts:
         require((images.folder / path).is_file(), f"{file} names {path!r}, which is not in "
                 f"{images.folder}: the split is of another data set, or that one has changed")
+    others = [row for row in images.rows if row.path not in parts]
     what = "get parts of their own" if grow else "are left out"
     notes = such([row.path for row in others], f"images that {file} does not name {what}")
-    return replace(images, rows=both + others if grow else both, notes=images.notes + notes)
+    return replace(images, rows=rows + others * grow, notes=images.notes + notes)
 
 
 # %% the command
@@ -358,20 +354,20 @@ def read_split(file: Path, images: ImageSet, grow: bool = False) -> ImageSet:
 
 def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options of every command that reads images."""
+    from runtime import user_path
+
     shares = _numbers(lambda v: len(v) == 3 and min(v) >= 0 < v[0] and abs(sum(v) - 1) < 1e-6,
                       "three shares that sum to 1, like 0.7,0.1,0.2")
     window = _numbers(lambda v: len(v) == 2 and v[0] < v[1],
                       "auto, image or LOW,HIGH like -160,240", "auto", "image")
-    def path(text: str) -> Path:
-        return Path(os.path.expanduser(text))  # a shell leaves --data=~/images as it is
     add = parser.add_argument
-    add("--data", type=path, required=required,
+    add("--data", type=user_path, required=required,
         help="folder of images; `python data.py --data DIR` shows how it is read")
     add("--ratios", type=shares, default=(0.7, 0.1, 0.2), metavar="T,V,T",
         help="shares of training, validation and test where the folder has no split of its own "
              "(paper: 0.7,0.1,0.2; its first version: 0.8,0.1,0.1)")
     add("--split-seed", type=int, default=0, help="fixes the split (default: %(default)s)")
-    add("--split-file", type=path, metavar="FILE", help="take the parts from a split.csv (of a "
+    add("--split-file", type=user_path, metavar="FILE", help="take the parts from a split.csv (of a "
         "run, or of extras.audit); images it does not name are left out")
     add("--window", type=window, default="auto", metavar="auto|image|LOW,HIGH",
         help="range of intensities in which images of more than 8 bits are shown; auto: one for "
@@ -434,9 +430,8 @@ def describe(images: ImageSet) -> Iterator[str]:
     yield (f"{images.folder}: {len(images.rows)} images, {classes}"
            + (f", {groups} groups" if groups else ""))
     parts = [*(images.part(part) for part in PARTS), images.rows]
-    counts = [Counter(label for row in rows for label in row.labels) for rows in parts]
-    table = [(name, [count[name] for count in counts]) for name in images.classes]
-    table.append(("images", [len(rows) for rows in parts]))
+    counts = np.array([images.truth(rows).sum(0) for rows in parts], int)
+    table = [*zip(images.classes, counts.T.tolist()), ("images", map(len, parts))]
     if groups:
         table.append(("groups", [len({row.group for row in rows}) for rows in parts]))
     width = max(len(name) for name, _ in table)
@@ -445,13 +440,13 @@ def describe(images: ImageSet) -> Iterator[str]:
         yield f"  {name:{width}} " + "".join(f"{number:8,}" for number in numbers)
     if images.window:
         yield "  window of the images of 16 bits or more: {:g} to {:g}".format(*images.window)
-    seen: dict[str, Counter] = {}
+    seen = defaultdict(Counter)
     for row in images.rows[:: max(1, len(images.rows) // 500)]:
         for name, fact in facts(images.folder / row.path).items():
-            seen.setdefault(name, Counter())[fact] += 1
+            seen[name][fact] += 1
     for name, count in seen.items():
-        words = [f"{fact} ({n})" for fact, n in count.most_common()]
-        yield f"  {name}: {', '.join(words[:4])}{', ...' if len(words) > 4 else ''}"
+        words = [f"{fact} ({n})" for fact, n in count.most_common(4)]
+        yield f"  {name}: {', '.join(words)}{', ...' * (len(count) > 4)}"
     for row in images.rows[:: max(1, len(images.rows) // 3)][:3]:
         words = filter(None, (row.path, "|".join(row.labels), row.group, row.split))
         yield "  e.g. " + "  ".join(words)

@@ -154,10 +154,6 @@ def load_image(path: str | Path, window: tuple[float, float] | None = None) -> I
     try:
         with open(path, "rb") as file:  # by its name, Pillow 13 scrambles some turned TIFFs
             image, values, inverted = _decode(file)
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there") from None
-    except Image.DecompressionBombError:
-        raise DataError(f"{path} has more pixels than is safe to decode; make it smaller") from None
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
         unknown = isinstance(error, UnidentifiedImageError)
         words = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -191,16 +187,20 @@ def _form(path: str | Path) -> str:
         return ""
 
 
-def facts(path: str | Path, alpha: bool = True) -> dict[str, str]:
-    """What a file says of its size, mode, pages and, which takes decoding it, `alpha`."""
+def _several_pages(image: Image.Image) -> bool:
+    return getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
+
+
+def facts(path: str | Path) -> dict[str, str]:
+    """What a file says of its size, mode and pages, and whether an alpha channel is of use."""
     try:
         with open(path, "rb") as file:
             image, _, deep = _header(file)
             found = {"sizes": f"{image.width} x {image.height}",
                      "modes": f"{image.mode} of 16 bits or more" if deep else image.mode}
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            if _several_pages(image):
                 found["pages"] = "several"
-            if alpha and image.has_transparency_data:
+            if image.has_transparency_data:
                 low, high = image.convert("RGBA").getextrema()[3]
                 found["alpha"] = "the same everywhere: left out" if low == high else "used"
             return found
@@ -208,30 +208,25 @@ def facts(path: str | Path, alpha: bool = True) -> dict[str, str]:
         return {"modes": "unreadable"}
 
 
-def sample_range(paths: list[Path]) -> tuple[float, float] | None:
-    """The range of intensities in those files that have more than 8 bits."""
-    draw, values = np.random.default_rng(0), []
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                if _header(file)[2]:
-                    flat = _decode(file)[1].ravel()
-                    values.append(flat[draw.integers(flat.size, size=10_000)])
-        except Exception:
-            continue
-    return _range(np.concatenate(values)) if values else None
-
-
 def with_window(images: ImageSet, choice: str | tuple[float, float] = "auto") -> ImageSet:
     """The same with a window for more than 8 bits: `image` (each its own), (low, high), or
     `auto`, which is the range of a sample of the training part."""
     rows = images.part("train") or images.rows
     rows = rows[:: max(1, len(rows) // 200)]
-    window = None if choice == "image" else choice
-    if choice == "auto":
-        window = sample_range([images.folder / row.path for row in rows])
-    pages = [row.path for row in rows if "pages" in facts(images.folder / row.path, False)]
-    notes = such(pages, f"images of {len(rows)} looked at have several pages; the first is read")
+    draw, values, several = np.random.default_rng(0), [], []
+    for row in rows:
+        try:
+            with open(images.folder / row.path, "rb") as file:
+                image, _, deep = _header(file)
+                several += [row.path] * _several_pages(image)
+                if deep and choice == "auto":
+                    flat = _decode(file)[1].ravel()
+                    values.append(flat[draw.integers(flat.size, size=10_000)])
+        except Exception:  # `load_image` says what is wrong
+            continue
+    window = None if choice in ("auto", "image") else choice
+    window = _range(np.concatenate(values)) if values else window
+    notes = such(several, f"images of {len(rows)} looked at have several pages; the first is read")
     return replace(images, notes=images.notes + notes, window=window)
 
 
@@ -317,13 +312,11 @@ class EpochBatches:
                  drop_last: bool) -> None:
         self.images, self.size = images, min(batch_size, images)
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
-        stops = list(range(self.size, images + 1, self.size))
-        left = images - stops[-1]
-        if left == 1 and shuffle and not drop_last:  # batch norm can't train on one image:
-            stops[-1] = images  # a last batch of one joins the one before
-        elif left and not drop_last:
-            stops.append(images)
-        self.bounds = list(zip([0, *stops], stops))
+        stop = images - images % self.size if drop_last else images
+        starts = list(range(0, stop, self.size))
+        if shuffle and stop - starts[-1] == 1 < self.size:  # batch norm can't train on one image:
+            starts.pop()  # a last batch of one joins the one before
+        self.bounds = list(zip(starts, [*starts[1:], stop]))
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -386,10 +379,10 @@ class ImageCache:
         made_from = [images.folder.resolve(), self.shape, images.window, PIL.__version__]
         for path in paths:
             try:
-                facts = os.stat(images.folder / path)
+                file = os.stat(images.folder / path)
             except OSError as error:
                 raise DataError(f"{images.folder / path} can't be read: {error.strerror}") from None
-            made_from.append((path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
+            made_from.append((path, file.st_size, file.st_mtime_ns, file.st_ctime_ns))
         key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:32]
         self.file = folder / f"images-{size}-{key}.uint8"
         whole = len(paths) * size * size * 3

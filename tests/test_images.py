@@ -271,7 +271,7 @@ def bomb(file: Path) -> None:
     ("empty.png", lambda f: f.write_bytes(b""), ["no form", "--skip-bad"]),
     ("text.png", lambda f: f.write_text("hello"), ["no form", "--skip-bad"]),
     ("bomb.png", bomb, ["pixels"]),
-    ("gone.png", lambda f: None, ["not there"]),
+    ("gone.png", lambda f: None, ["No such file"]),
     ("folder.png", lambda f: f.mkdir(), ["directory"]),
 ])
 def test_files_that_are_no_image_are_named(tmp_path: Path, name: str, make, words) -> None:
