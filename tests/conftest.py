@@ -3,7 +3,15 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # tiny models: threads that wait for each other cost more than they bring
+
+
+@pytest.fixture(scope="session")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 20 images in two classes, 14 to train on. Tests change it only in copies."""
+    from helpers import class_folders
+    return class_folders(tmp_path_factory.mktemp("pets"), cat=10, dog=10)

@@ -1,5 +1,8 @@
-"""Small images and folders for the tests."""
+"""Small images, folders and networks for the tests."""
 
+import copy
+import json
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 
 def noise(seed: int = 0, width: int = 24, height: int = 20) -> Image.Image:
@@ -93,3 +97,41 @@ def equal(a: object, b: object) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+class TinyNet(nn.Module):
+    """A CNN for images of 8 x 8 with what a run has to keep (batch-norm statistics, random dropout)
+    and timm's names for its parts; always of the same weights."""
+
+    head_hidden_size = 36
+
+    def __init__(self, outputs: int = 3, dropout: float = 0.2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4),
+                                  nn.ReLU(), nn.Flatten(), nn.Dropout(dropout))
+        self.fc = nn.Linear(36, outputs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.body(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.body(images)  # (N, 36)
+
+    def forward_head(self, features: Tensor, pre_logits: bool) -> Tensor:
+        return features
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+
+def state(network: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(network.state_dict())
+
+
+def half_cosine(step: int, steps: int, start: float, end: float = 1e-6) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def log_rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
