@@ -261,7 +261,7 @@ def test_the_command_trains_on_the_training_part_and_saves_the_teacher(
     opened, load = set(), images.load_image
     monkeypatch.setattr(images, "load_image", lambda file, window=None: (
         opened.add(file), load(file, window))[1])
-    command(pets, tmp_path, "--seed", "3")
+    command(pets, tmp_path, "--seed", "3", "--lr", "0.01")
     split = read_split(tmp_path / "split.csv", read_images(pets))
     assert opened <= {pets / row.path for row in split.part("train")} and len(opened) >= 12
     line = re.search(r"timm\.create_model\(.*\)", capsys.readouterr().out)[0]
@@ -270,7 +270,8 @@ def test_the_command_trains_on_the_training_part_and_saves_the_teacher(
                          drop_last=True)
     backbone, rows = runtime.build_model("test_resnet", "random", 32, outputs=0, seed=3), []
     torch.manual_seed(3)
-    _, teacher = pretrain_dino(DinoNetwork(backbone, 32), loader, epochs=2, log=rows.append)
+    _, teacher = pretrain_dino(DinoNetwork(backbone, 32), loader, epochs=2, lr=0.01,
+                               log=rows.append)
     assert equal(state(saved), state(teacher)) and saved.num_classes == 0
     assert [row["loss"] for row in log_rows(tmp_path)] == [None, *(row["loss"] for row in rows)]
 
