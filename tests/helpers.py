@@ -65,9 +65,9 @@ def tiff(file: Path, pixels: np.ndarray, tags: dict[int, list[int]] | None = Non
 
 
 def png(file: Path, pixels: np.ndarray) -> None:
-    """A PNG of `(H, W, 3)` or `(H, W, 4)` values of 16 bits."""
+    """A PNG of `(H, W, C)` values of 16 bits: grey and alpha, RGB, or RGB and alpha."""
     height, width, channels = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
