@@ -14,6 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from data import read_images, split_images, write_split
+from runtime import Run, build_model
+
 
 def noise(seed: int = 0, width: int = 24, height: int = 20) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -73,6 +76,17 @@ def png(file: Path, pixels: np.ndarray) -> None:
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks))
+
+
+def make_run(folder: Path, data: Path, **networks: str) -> Path:
+    """A run folder with a split of its own of `data`, and networks, `FILE="ARCHITECTURE"`."""
+    images = split_images(read_images(data), seed=7)
+    run = Run(folder, {"resume": False})
+    run.begin(classes=images.classes, multi_label=False)
+    write_split(folder / "split.csv", images)
+    for name, arch in (networks or {"cnn": "test_resnet", "transformer": "test_vit"}).items():
+        run.save_network(f"{name}.pt", build_model(arch, "random", 32, outputs=4, seed=3), arch)
+    return folder
 
 
 def sentence(capsys: pytest.CaptureFixture, call: Callable[[], object]) -> str:

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import put, sentence
+from helpers import make_run, put, sentence
 from PIL import Image
-from test_maps import make_run
 from torch import Tensor, nn
 
 from extras import cka, maps

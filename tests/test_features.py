@@ -5,34 +5,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import class_folders, sentence
+from helpers import class_folders, make_run, sentence
 
-from data import augmentation, load_image, read_images, split_images, write_split
+from data import augmentation, load_image, read_images, split_images
 from extras import features
-from runtime import Run, build_model
+from runtime import build_model
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with two networks and a split of its own, and beside it its images."""
+    """A run folder with two networks, and beside it its images."""
     folder = tmp_path_factory.mktemp("features")
-    images = split_images(read_images(class_folders(folder / "set", cat=5, dog=4)), seed=7)
-    run = Run(folder / "run", {"resume": False})
-    run.begin(classes=images.classes, multi_label=False)
-    write_split(run.folder / "split.csv", images)
-    for file, arch in (("cnn.pt", "test_resnet"), ("transformer.pt", "test_vit")):
-        run.save_network(file, build_model(arch, "random", 32, outputs=3, seed=1), arch)
-    return run.folder
+    return make_run(folder / "run", class_folders(folder / "set", cat=5, dog=4))
 
 
 def write(run: Path, *more: str) -> None:
     features.main(["--weights", str(run), "--data", str(run.with_name("set")),
-                   "--out", str(run.with_name("new") / "features.npz"), "--workers", "0",
-                   "--device", "cpu", *more])
+                   "--out", str(run.with_name("new") / "features.npz"), *more])
 
 
 def test_features_of_each_arm_beside_paths_parts_and_labels(run: Path) -> None:
-    write(run, "--batch-size", "4")
+    write(run, "--batch-size", "4", "--workers", "0")
     images = split_images(read_images(run.with_name("set")), seed=7)
     with np.load(run.with_name("new") / "features.npz", allow_pickle=False) as saved:
         found = dict(saved)
@@ -40,10 +33,10 @@ def test_features_of_each_arm_beside_paths_parts_and_labels(run: Path) -> None:
     assert sorted(found["paths"]) == sorted(rows)
     assert [rows[path].split for path in found["paths"]] == found["parts"].tolist()
     assert found["classes"].tolist() == ["cat", "dog"] and not found["groups"].any()
-    labels = [found["classes"][line.argmax()] for line in found["labels"]]
-    assert labels == [rows[path].labels[0] for path in found["paths"]]
+    labels = found["classes"][found["labels"].argmax(1)]
+    assert labels.tolist() == [rows[path].labels[0] for path in found["paths"]]
     for arm, arch in (("cnn", "test_resnet"), ("transformer", "test_vit")):
-        network = build_model(arch, "random", 32, outputs=0, seed=1)
+        network = build_model(arch, "random", 32, outputs=0)
         network.load_state_dict(torch.load(run / f"{arm}.pt", weights_only=True)["state_dict"],
                                 strict=False)  # without its head a timm model gives its features
         network.eval()

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import put, sentence
+from helpers import make_run, put, sentence
 from PIL import Image
 from torch import Tensor, nn
 
-from data import read_images, split_images, write_split
 from extras import maps, pictures
 from extras.features import plain_batches, read_networks
-from runtime import Run, UserError, build_model
+from runtime import UserError
 
 SMALL = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5,
          "patch_size": 8}
@@ -23,16 +22,6 @@ TRANSFORMERS = {
     "deit": ("deit_tiny_distilled_patch16_224", {}),  # two tokens that are no patch
     "norms and registers": ("vit_tiny_patch16_224", {"reg_tokens": 3, "qk_norm": True}),
 }
-
-
-@pytest.fixture(params=TRANSFORMERS)
-def transformer(request: pytest.FixtureRequest) -> nn.Module:
-    name, options = TRANSFORMERS[request.param]
-    torch.manual_seed(0)
-    model = timm.create_model(name, **SMALL, **options)
-    for p in model.parameters():  # as drawn, attention is almost even, and any map would look right
-        nn.init.normal_(p, std=0.5)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -59,34 +48,29 @@ def attention_by_hand(model: nn.Module, images: Tensor, block: int) -> Tensor:
     return torch.stack(heads).mean(0)
 
 
-# %% attention
-
-
-@pytest.mark.parametrize("block", [0, 2])
-def test_class_attention_is_the_class_tokens_row_on_the_grid_of_patches(
-        transformer: nn.Module, images: Tensor, block: int) -> None:
-    assert transformer.blocks[block].attn.fused_attn  # the case that hides the weights
-    expected = attention_by_hand(transformer, images, block)[:, 0, transformer.num_prefix_tokens:]
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_class_attention_is_the_class_tokens_row_on_the_grid_of_patches(name: str,
+                                                                        images: Tensor) -> None:
+    arch, options = TRANSFORMERS[name]
+    torch.manual_seed(0)
+    model = timm.create_model(arch, **SMALL, **options)
+    for p in model.parameters():  # as drawn, attention is almost even, and any map would look right
+        nn.init.normal_(p, std=0.5)
+    assert model.blocks[2].attn.fused_attn  # the case that hides the weights
+    expected = attention_by_hand(model, images, 2)[:, 0, model.num_prefix_tokens:]
     assert expected.max() > 1.3 * expected.min()  # far from even
-    found = maps.class_attention(transformer, images, block)
+    found = maps.class_attention(model, images, 2)
     np.testing.assert_allclose(found, expected.reshape(3, 4, 4), rtol=1e-4, atol=1e-6)
-    assert (found.sum((1, 2)) < 1).all()  # the rest goes to the tokens that are no patch
-    assert transformer.blocks[block].attn.fused_attn
-    assert not any(module._forward_hooks for module in transformer.modules())
+    assert model.blocks[2].attn.fused_attn
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("name, options", [
-    ("test_resnet", {}), ("vit_tiny_patch16_224", SMALL | {"class_token": False,
-                                                           "global_pool": "avg"}),
+    ("vit_tiny_patch16_224", SMALL | {"class_token": False, "global_pool": "avg"}),
     ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 12, "num_heads": (1, 2)})])
 def test_a_network_without_class_token_says_so(name: str, options: dict) -> None:
-    model = timm.create_model(name, **options)
-    assert not maps.has_class_token(model)
     with pytest.raises(UserError, match="no class attention"):
-        maps.class_attention(model, torch.zeros(1, 3, 32, 32))
-
-
-# %% feature maps
+        maps.class_attention(timm.create_model(name, **options), torch.zeros(1, 3, 32, 32))
 
 
 def test_feature_maps_are_the_first_convolutions_in_running_order(images: Tensor) -> None:
@@ -104,15 +88,11 @@ def test_feature_maps_are_the_first_convolutions_in_running_order(images: Tensor
     assert list(found) == ["first", "second"] and found["first"].min() < 0
     with torch.no_grad():
         np.testing.assert_array_equal(found["first"], model.first(images))
-    assert list(maps.feature_maps(model, images, most=1)) == ["first"]
-
-
-def test_batch_norm_does_not_move_and_pooled_pixels_are_no_maps(images: Tensor) -> None:
-    model = timm.create_model("efficientnet_b0").train()
+    model = timm.create_model("test_efficientnet").train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    found = maps.feature_maps(model, images[:1])
+    found = maps.feature_maps(model, images, most=9)
+    assert len(found) == 9 and not any("se." in name for name in found)  # of pooled pixels
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert len(found) == 5 and not any("se." in name for name in found)
 
 
 # %% the command
@@ -123,18 +103,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     counts = {"train/a": 12, "train/b": 12, "test/a": 8, "test/b": 4}
     names = [f"{part}/{i}.png" for part, n in counts.items() for i in range(n)]
     return put(tmp_path_factory.mktemp("data") / "scans", *names)
-
-
-def make_run(folder: Path, data: Path, **networks: str) -> Path:
-    """A run folder with networks."""
-    images = split_images(read_images(data))
-    run = Run(folder, {"init": "random", "seed": 3, "epochs": 1, "resume": False})
-    run.begin(classes=images.classes, multi_label=False, window=None)
-    write_split(folder / "split.csv", images)
-    for name, arch in (networks or {"cnn": "test_resnet", "transformer": "test_vit"}).items():
-        model = build_model(arch, "random", 32, outputs=4, seed=3)
-        run.save_network(f"{name}.pt", model, arch)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -157,29 +125,24 @@ def test_a_larger_image_size_makes_finer_maps(data: Path, run: Path) -> None:
 
 
 def test_the_command_draws_what_the_arrays_say(data: Path, run: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "other", data)
-    out = tmp_path / "out"
+    other, out = make_run(tmp_path / "other", data), tmp_path / "out"
     maps.main(["--weights", str(run), "--weights", str(other), "--image",
                str(data / "test" / "a" / "0.png"), "--data", str(data), "--average", "6",
-               "--out", str(out), "--device", "cpu"])
+               "--out", str(out)])
     names = {"attention-0", "attention-average", "features-0"}
-    files = {f"{name}.{ending}" for name in names for ending in ("npz", "png")}
-    assert {file.name for file in out.iterdir()} == files
+    assert {file.name for file in out.iterdir()} == {x + y for x in names for y in (".npz", ".png")}
     for name in names:
         with Image.open(out / f"{name}.png") as picture:
             assert 700 < picture.width < 2000 and 300 < picture.height < 2000
             assert len(picture.getcolors(picture.width * picture.height)) > 50
     average = np.load(out / "attention-average.npz")
-    assert len(average) == 2
-    assert all(values.mean() == pytest.approx(1) for values in average.values())
-    key = f"test_vit {run / 'transformer.pt'}"
     model = read_networks(run, torch.device("cpu"))[run / "transformer.pt"]
     rows = maps.tested_images(data, run, 6)
-    found = [maps.class_attention(model, batch)[0] for x in plain_batches(rows, 32)
-             for batch in x[:, None]]
-    mean = np.mean(found, axis=0)
+    found = [maps.class_attention(model, batch) for batch in plain_batches(rows, 32)]
+    mean = np.concatenate(found).mean(0)
+    key = f"test_vit {run / 'transformer.pt'}"
     np.testing.assert_allclose(average[key], mean / mean.mean(), rtol=1e-4)
-    assert len(np.load(out / "features-0.npz")) == 2 * 5
+    assert len(average) == 2 and len(np.load(out / "features-0.npz")) == 2 * 5
 
 
 def test_only_what_a_network_has_is_drawn_and_beside_the_run(data: Path, tmp_path: Path) -> None:
@@ -192,25 +155,21 @@ def test_only_what_a_network_has_is_drawn_and_beside_the_run(data: Path, tmp_pat
 
 
 def test_user_errors_are_one_sentence(data: Path, run: Path, tmp_path: Path, capsys) -> None:
-    image = str(data / "test" / "a" / "0.png")
+    image = ["--image", str(data / "test" / "a" / "0.png")]
+    average = ["--data", str(data), "--average", "3"]
     alone = make_run(tmp_path / "alone", data, backbone="test_resnet")
-    (tmp_path / "file").write_text("")
-
-    def said(*options: str, weights: Path = run) -> str:
-        return sentence(capsys, lambda: maps.main(["--weights", str(weights), *options]))
-
-    assert "say what to draw" in said() and "--data DIR" in said("--average", "3", "--image", image)
-    assert "none.png" in said("--image", str(data / "none.png"))
-    for block in ("6", "-1"):
-        assert f"in a block {block};" in said("--image", image, "--block", block)
-    assert "no network" in said("--data", str(data), "--average", "3", weights=alone)
-    assert "is not there" in said("--image", image, weights=tmp_path / "gone.pt")
-    assert "no network written" in said("--image", image, weights=tmp_path / "file")
-    assert "multiple of" in said("--image", image, "--image-size", "40")
-    assert "file" in said("--image", image, "--out", str(tmp_path / "file"))
     lost = make_run(tmp_path / "lost", data, backbone="test_vit")
     (lost / "split.csv").unlink()
-    assert "split.csv" in said("--data", str(data), "--average", "3", weights=lost)
+    for words, weights, *options in (
+            ("say what to draw", run), ("--data DIR", run, "--average", "3", *image),
+            ("none.png", run, "--image", str(data / "none.png")),
+            ("in a block 6;", run, *image, "--block", "6"),
+            ("in a block -1;", run, *image, "--block", "-1"),
+            ("no network", alone, *average), ("split.csv", lost, *average),
+            ("is not there", tmp_path / "gone.pt", *image),
+            ("multiple of", run, *image, "--image-size", "40")):
+        call = ["--weights", str(weights), *options]
+        assert words in sentence(capsys, lambda: maps.main(call))
 
 
 # %% drawing
