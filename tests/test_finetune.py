@@ -394,20 +394,21 @@ def test_no_test_image_is_seen_before_the_end_and_then_once(
 
 def test_validation_chooses_the_arm_and_the_seed_and_the_oracle_knows_the_test_part(
         images: Path, pretrained: Path, tmp_path: Path, calls: list, monkeypatch) -> None:
-    """With seed 1 the CNN is right on validation images alone; the transformer always is on test
+    """With seed 1 the transformer is right on validation images alone; the CNN always is on test
     images alone."""
     def scripted(network: nn.Module, loader: object, **options) -> tuple[float, np.ndarray]:
         truth = np.concatenate([truth for _, truth in loader])
         cnn, tested = hasattr(network, "fc"), len(truth) == 9
-        right = not cnn if tested else cnn and len(calls) > 3
+        right = cnn if tested else not cnn and len(calls) > 3
         return 0.0, truth if right else truth[:, [1, 2, 0]]
     monkeypatch.setattr(finetune, "evaluate", scripted)
     found = run(images, tmp_path, *HALF, "--weights", pretrained)
-    assert (found["kept_seed"], found["chosen"]) == (1, "cnn")
-    assert [one["oracle"] for one in found["seeds"]] == ["transformer"] * 2
-    assert found["mean_sd_n"]["chosen"]["macro F1"] == [0, 0, 2]
+    assert (found["kept_seed"], found["chosen"]) == (1, "transformer")
+    assert [one["oracle"] for one in found["seeds"]] == ["cnn"] * 2
     assert found["mean_sd_n"]["oracle"]["macro F1"] == [1, 0, 2]
     assert equal(weights_in(tmp_path / "cnn.pt"), calls[2]["start"])  # of seed 1
+    rows = [row for row in table(tmp_path / "predictions.csv") if row["seed"] == "1"]
+    assert all(row["class"] == row["transformer: class"] != row["truth"] for row in rows)
 
 
 @pytest.mark.parametrize("share, used, steps, kind, schedule, protocol", [
