@@ -193,7 +193,7 @@ def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
     `look(epoch, {"cnn": ..., "transformer": ...})` returns is added to that epoch's row."""
     from data import augmentation, begin_run, open_images, training_loader
     from metrics import Gauges
-    from runtime import Run, pick_hardware, watch
+    from runtime import Run, keep_less, pick_hardware, watch
 
     device, precision = pick_hardware(args)
     loss, rate = LOSSES[args.loss]
@@ -205,6 +205,8 @@ def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
         return print(f"{out} is finished; more --epochs train it on")
     images = open_images(args)
     arms = build_arms(args)
+    for arm in arms.values() if args.checkpointing else ():
+        keep_less(arm)
     loader = training_loader(args, images, augmentation(args.image_size, args.augment))
     notes = [*(arm.origin for arm in arms.values()), f"{device}, {precision}"]
     begin_run(run, images, notes, precision=str(precision),

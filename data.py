@@ -26,8 +26,8 @@ from typing import Any, Callable, Iterator
 import numpy as np
 
 from images import (AUGMENTATIONS, ENDINGS, MEAN, STD, DataError, EpochBatches, EpochLoader,
-                    ImageCache, ImageRows, ImageSet, Row, augmentation, facts, good_rows, load_image,
-                    make_loader, require, such, with_window)
+                    ImageCache, ImageRows, ImageSet, Row, augmentation, facts, good_rows,
+                    load_image, make_loader, require, such, with_window)
 
 PARTS = ("train", "val", "test")
 PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
@@ -403,8 +403,8 @@ def training_loader(args: argparse.Namespace, images: ImageSet,
                     transform: Callable) -> EpochLoader:
     """Whole batches of the training part, for pretraining."""
     rows = images.part("train")
-    require(1 < args.batch_size <= len(rows), f"--batch-size {args.batch_size} does not lie between "
-            f"2 and the {len(rows)} training images of {args.data}")
+    require(1 < args.batch_size <= len(rows), f"--batch-size {args.batch_size} does not lie "
+            f"between 2 and the {len(rows)} training images of {args.data}")
     cache = args.cache and ImageCache(images, args.image_size, args.cache, args.workers)
     return make_loader(ImageRows(images, rows, transform, args.seed, cache=cache), args.batch_size,
                        seed=args.seed, drop_last=True, workers=args.workers)

@@ -278,7 +278,7 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
     `look(epoch, {"backbone": ...})` returns is added to that epoch's row."""
     from data import begin_run, open_images, training_loader
     from metrics import Gauges
-    from runtime import Run, build_model, check_size, pick_hardware, watch
+    from runtime import Run, build_model, check_size, keep_less, pick_hardware, watch
 
     device, precision = pick_hardware(args)
     out = args.out or Path("runs", f"dino-{args.arch.split('.')[0]}-{args.data.resolve().name}")
@@ -291,6 +291,8 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
                            dynamic=crops > 0)
     if crops:
         check_size(backbone, args.arch, local_size)
+    if args.checkpointing:
+        keep_less(backbone)
     views = DinoViews(args.image_size, crops, local_size if crops else None)
     loader = training_loader(args, images, views)
     begin_run(run, images, [backbone.origin, f"{device}, {precision}"],

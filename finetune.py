@@ -211,11 +211,15 @@ def find_networks(args: argparse.Namespace) -> dict[str, tuple[str, Path | None]
 def new_network(args: argparse.Namespace, arch: str, file: Path | None, classes: int,
                 seed: int) -> nn.Module:
     """A network with a new head of `classes` outputs, from a file or from --init."""
-    from runtime import build_model, load_network
+    from runtime import build_model, keep_less, load_network
 
     if file is None:
-        return build_model(arch, args.init, args.image_size, outputs=classes, seed=seed)
-    return load_network(file, args.image_size, outputs=classes, seed=seed)
+        network = build_model(arch, args.init, args.image_size, outputs=classes, seed=seed)
+    else:
+        network = load_network(file, args.image_size, outputs=classes, seed=seed)
+    if args.checkpointing:
+        keep_less(network)
+    return network
 
 
 def tuned_images(args: argparse.Namespace, file: Path | None) -> Any:

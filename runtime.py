@@ -38,8 +38,9 @@ class UserError(Exception):
 
 
 MENDABLE = {  # a part of what PyTorch says -> what a user can do
-    "out of memory": "memory ran out; take a smaller --batch-size or --image-size",
-    "can't allocate memory": "memory ran out; take a smaller --batch-size or --image-size",
+    "out of memory": "memory ran out; add --checkpointing, or lower --batch-size or --image-size",
+    "can't allocate memory": "memory ran out; add --checkpointing, or lower --batch-size or "
+                             "--image-size",
     "exited unexpectedly": "a loader process was killed, perhaps for memory; take fewer --workers",
     "killed by signal": "a loader process was killed, perhaps for memory; take fewer --workers",
 }
@@ -110,6 +111,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (%(default)s)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="auto: bf16 where the processor multiplies in it, else fp16 on a GPU, fp32 on a CPU")
+    add("--checkpointing", action="store_true", help="keep fewer activations and compute them "
+        "again in the backward pass: less memory, about a third slower, the same steps")
     add("--workers", type=int, help="loader processes; any number gives the same bits (1 beside a "
         "CPU, where more would fight with training, and up to 8 beside a GPU)")
     add("--cache", type=user_path, metavar="DIR", help="keep resized images there, in one file "
@@ -217,6 +220,15 @@ def load_network(file: Path, image_size: int, outputs: int | None = None,
     check_name(saved["arch"])
     create = partial(_create, saved["arch"], image_size, seed, False)
     return _with_weights(create, outputs, saved["state_dict"], file)
+
+
+def keep_less(network: nn.Module) -> None:
+    """`--checkpointing`: keep a block's input alone and run the block again in the backward pass.
+    Batch norms then see each batch twice, which moves their averages, not what is trained."""
+    try:
+        network.set_grad_checkpointing()
+    except (AssertionError, AttributeError):
+        raise UserError(f"{type(network).__name__} of timm has no --checkpointing") from None
 
 
 def check_name(name: str) -> None:

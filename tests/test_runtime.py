@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 import runtime
 from data import DataError
 from helpers import sentence
-from runtime import (Run, UserError, build_model, clear_exit, load_network, pick_device,
+from runtime import (Run, UserError, build_model, clear_exit, keep_less, load_network, pick_device,
                      pick_precision, pick_workers, read_network)
 
 # %% the way out
@@ -389,3 +389,23 @@ def test_a_damaged_config(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json is damaged"):
         Run(tmp_path, {"epochs": 1, "resume": False})
+
+
+def test_checkpointing_keeps_fewer_activations_and_the_same_gradients() -> None:
+    found = []
+    for less in (False, True):
+        network, kept = build_model("test_vit", "random", 64), []
+        if less:
+            keep_less(network)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor.nbytes)
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            logits = network(torch.ones(2, 3, 64, 64))
+        logits.square().sum().backward()
+        found.append((sum(kept), [p.grad for p in network.parameters()]))
+    (most, wanted), (least, gradients) = found
+    assert least < most / 2 and all(map(torch.equal, gradients, wanted))
+    with pytest.raises(UserError, match="--checkpointing"):
+        keep_less(torch.nn.Linear(2, 2))
