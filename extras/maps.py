@@ -94,9 +94,10 @@ def draw_attention(networks: dict[str, nn.Module], images: ImageSet, block: int)
         picture = paint(values, low, high, image.size, smooth=True)
         columns.append([caption, picture if several else overlay(picture, image),
                         f"{values.min():.2f} to {values.max():.2f}"])
+    over = f" and {len(images.rows)} images" if several else ""
     text = ("How much the class token, from which the answer is made, draws on each patch in block "
-            f"{block} (0 is the first), mean over heads and {len(images.rows)} images. 1 is an "
-            f"even share; dark is {low:.2f}, bright {high:.2f}.")
+            f"{block} (0 is the first), mean over heads{over}. 1 is an even share; dark is "
+            f"{low:.2f}, bright {high:.2f}.")
     return draw_page("Class attention", text, columns), maps
 
 

@@ -104,15 +104,15 @@ def draw_curves(curves: Sequence[Sequence[tuple[float, float]]], name: str,
     page = Image.new("RGB", (760, 400), "white")  # halved below, so that slopes are smooth
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return 140 + 590 * x / last, 340 - 280 * (y - low) / (high - low)
+        return 140 + 590 * x / last, 326 - 270 * (y - low) / (high - low)
 
     for share in (0, 0.5, 1):
         x, y = share * last, low + share * (high - low)
         ImageDraw.Draw(page).line([at(0, y), at(last, y)], (220, 220, 220), 2)
         write(page, (130, at(0, y)[1]), f"{y:.3g}", "rm", size=24)
-        write(page, (at(x, low)[0], 350), f"{x:g}", "ma", size=24)
+        write(page, (at(x, low)[0], 338), f"{x:g}", "ma", size=24)
     write(page, (10, 10), name, "la", size=26)
-    write(page, (435, 390), "epoch", "md", size=24)
+    write(page, (435, 400), "epoch", "md", size=24)
     for curve, colour in zip(curves, LINES):
         if curve:
             ImageDraw.Draw(page).line([at(*point) for point in curve], colour, 5, joint="curve")
