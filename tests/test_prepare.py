@@ -50,9 +50,10 @@ def test_isic_with_its_lesions_and_without(tmp_path: Path, capsys) -> None:
 
     (tmp_path / prepare.ISIC_FACTS).unlink()
     (tmp_path / names[2]).unlink()
-    said = sentence(capsys, lambda: run(tmp_path, "--overwrite"))
+    (tmp_path / "labels.csv").unlink()
+    said = sentence(capsys, lambda: run(tmp_path))
     assert all(word in said for word in ("line 4", "ISIC_2", "1 of 4", "--skip-missing"))
-    run(tmp_path, "--overwrite", "--skip-missing", "--table", str(tmp_path / prepare.ISIC))
+    run(tmp_path, "--skip-missing", "--table", str(tmp_path / prepare.ISIC))
     said = capsys.readouterr().out
     assert "left out: 1 of 4" in said and "images of one lesion may come into two parts" in said
     assert len(rows(tmp_path)) == 3 and not any(row[-1] for row in rows(tmp_path))
@@ -66,7 +67,8 @@ def test_dermofit_without_its_masks_grouped_by_lesion(tmp_path: Path, capsys) ->
         ("AK/A1/A1.png", "AK", "AK/A1"), ("AK/A1/second.PNG", "AK", "AK/A1"),
         ("AK/A2/A2.png", "AK", "AK/A2"), ("MEL/D7b/D7b.png", "MEL", "MEL/D7b")]
     put(tmp_path, "AK/stray.png")
-    said = sentence(capsys, lambda: run(tmp_path, "--overwrite"))
+    (tmp_path / "labels.csv").unlink()
+    said = sentence(capsys, lambda: run(tmp_path))
     assert str(Path("AK", "stray.png")) in said
 
 
@@ -89,7 +91,7 @@ def test_tables_that_say_the_same(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("text, options", [
     ("file,TFH-1,B cells,others,patient\na,1,1,0,p1\nb,0,0,0,p1\nc,0,0,1,p2\n", []),
-    ("file,labels,patient\na,TFH-1; B cells,p1\nb,,p1\nc,others,p2\n", ["--separator", ";"]),
+    ("file,labels,patient\na,TFH-1 | B cells,p1\nb,,p1\nc,others,p2\n", []),
     ("scan,cells,who,age\na,TFH-1|B cells,p1,4\nb,,p1,5\nc,others,p2,6\n",
      ["--image-column", "scan", "--label-column", "cells", "--group-column", "who"]),
     ("file,TFH-1,B cells,others,old,case\na,1,1,0,7,p1\nb,0,0,0,1,p1\nc,0,0,1,1,p2\n",
@@ -103,10 +105,10 @@ def test_several_labels_and_patients(tmp_path: Path, text: str, options: list[st
 
 
 @pytest.mark.parametrize("text, words, left", [
-    ("image,dx,patient\na,0,7.0\nb,0.0,7\nc,1,NA\nd,1.0,unknown\ne,nan,8\nf,Unknown,8\n",
-     "line 6 has no clear label for e.png", [("a.png", "0", "7"), ("b.png", "0", "7"),
-                                            ("c.png", "1", "c.png"), ("d.png", "1", "d.png")]),
-    ("image,x,y,sex\na,1,0,1\nb,-1,1,0\nc,0,1,1\n", "no clear label for b.png in column 'x'",
+    ("image,dx,patient\na,0,7\nb,0,7\nc,1,NA\nd,1,unknown\ne,nan,8\nf,Unknown,8\n",
+     "line 6 has no clear label", [("a.png", "0", "7"), ("b.png", "0", "7"),
+                                   ("c.png", "1", "c.png"), ("d.png", "1", "d.png")]),
+    ("image,x,y,sex\na,1,0,1\nb,-1,1,0\nc,0,1,1\n", "line 3 has no clear label in column 'x'",
      [("a.png", "x", ""), ("c.png", "y", "")])])
 def test_cells_without_a_value_are_no_class_and_no_patient(tmp_path: Path, text: str, words: str,
                                                            left: list, capsys) -> None:
@@ -134,14 +136,15 @@ def test_folders_tell_equal_names_apart(tmp_path: Path, capsys) -> None:
     assert found == [(names[1], "val"), (names[2], "test"), (names[0], "train"),
                      (names[3], "train")]
     with_table(tmp_path, "path,target\ndog/1.png,dog\n")
-    said = sentence(capsys, lambda: run(tmp_path, "--overwrite"))
+    (tmp_path / "labels.csv").unlink()
+    said = sentence(capsys, lambda: run(tmp_path))
     assert "line 2" in said and "test/dog/1.png or train/dog/1.png" in said
 
 
 @pytest.mark.parametrize("text, words", [
     ("image_name,diagnosis\na,cat\ngone,dog\n", ["line 3", "gone", "1 of 2"]),
     ("image_name,diagnosis\na,cat\na.png,dog\n", ["line 3", "a.png a second time"]),
-    ("image_name,diagnosis\na,cat\nb,\n", ["line 3", "no clear label", "b.png"]),
+    ("image_name,diagnosis\na,cat\nb,\n", ["line 3", "no clear label", "diagnosis"]),
     ("image_name,diagnosis\na,cat\nb, Cat \n", ["'Cat' and 'cat'"]),
     ("image_name,diagnosis\na,c\ntwin,c\n", ["line 3", "twin.jpg or twin.png"]),
     ("image,x,y\na,1,0\nb,,1\n", ["line 3", "'x'"]),
@@ -178,8 +181,8 @@ def test_medmnist_keeps_pixels_parts_and_labels(tmp_path: Path) -> None:
     several = medmnist(tmp_path / "chestmnist.npz", classes=14)
     run(tmp_path / "chestmnist.npz", "--out", str(tmp_path / "out"))
     blood, chest = read_images(tmp_path / "bloodmnist"), read_images(tmp_path / "out")
-    assert chest.multi_label and chest.classes == [f"{i:02d}" for i in range(14)]
-    assert not blood.multi_label and blood.classes == [f"{i:02d}" for i in range(0, 12, 2)]
+    assert chest.multi_label and chest.classes == [str(i) for i in range(14)]
+    assert not blood.multi_label and blood.classes == [str(i) for i in range(0, 12, 2)]
     assert split_images(blood).rows == blood.rows  # nothing is split anew
     for part in ("train", "val", "test"):
         labels = [[int(row.labels[0])] for row in blood.part(part)]
@@ -207,7 +210,7 @@ def test_odd_medmnist_files_are_refused(tmp_path: Path, changes: dict, word: str
 def test_damaged_and_foreign_npz(tmp_path: Path, capsys) -> None:
     file = tmp_path / "x.npz"
     np.savez(file, weights=np.zeros(3))
-    assert "train_images" in sentence(capsys, lambda: run(file))
+    assert "train_labels" in sentence(capsys, lambda: run(file))
     file.write_bytes(file.read_bytes()[:100])
     assert "x.npz" in sentence(capsys, lambda: run(file))
 
@@ -215,23 +218,25 @@ def test_damaged_and_foreign_npz(tmp_path: Path, capsys) -> None:
 # %% the command
 
 
-def test_folder_that_must_not_be_written_to(tmp_path: Path) -> None:
+def test_a_folder_that_must_not_be_written_to_is_linked(tmp_path: Path) -> None:
     folder = with_table(tmp_path / "set", "image,dx\na,cat\nb,dog\n", "x/a.png", "b.png")
     before = contents(folder)
-    for more in ([], ["--overwrite"]):
-        run(folder, "--out", str(tmp_path / "new" / "out"), *more)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "set").symlink_to(folder, target_is_directory=True)
+    run(tmp_path / "own", "--table", str(folder / "truth.csv"))
     assert contents(folder) == before
-    assert rows(tmp_path / "new" / "out") == [("set/x/a.png", "cat", ""), ("set/b.png", "dog", "")]
+    assert rows(tmp_path / "own") == [("set/x/a.png", "cat", ""), ("set/b.png", "dog", "")]
 
 
-def test_existing_labels_are_kept_unless_asked(tmp_path: Path, capsys) -> None:
+def test_existing_labels_are_kept(tmp_path: Path, capsys) -> None:
     with_table(tmp_path, "image_name,diagnosis\na,cat\n", "a.png")
     (tmp_path / "labels.csv").write_text("mine")
-    assert "--overwrite" in sentence(capsys, lambda: run(tmp_path))
-    itself = ["--table", str(tmp_path / "labels.csv"), "--overwrite"]
+    assert "there already" in sentence(capsys, lambda: run(tmp_path))
+    itself = ["--table", str(tmp_path / "labels.csv")]
     assert "another name" in sentence(capsys, lambda: run(tmp_path, *itself))
     assert (tmp_path / "labels.csv").read_text() == "mine"
-    run(tmp_path, "--overwrite")
+    (tmp_path / "labels.csv").unlink()
+    run(tmp_path)
     assert (tmp_path / "labels.csv").read_text() == "image,label\na.png,cat\n"
 
 
