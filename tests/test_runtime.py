@@ -53,15 +53,13 @@ def test_what_a_user_can_mend_is_one_sentence(call: Callable, words: str, capsys
     assert sentence(capsys, lambda: exits(call)).endswith(f"{words}\n")
 
 
-@pytest.mark.parametrize("error", [KeyError("a bug"), ValueError("a bug"), RuntimeError("a bug")])
-def test_a_bug_keeps_its_traceback(error: Exception) -> None:
-    with pytest.raises(type(error), match="a bug"), ThreadPoolExecutor() as pool:
-        pool.submit(exits, lambda: fail(error)).result()  # a thread, where no signal can be caught
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), ThreadPoolExecutor() as pool:
+        pool.submit(exits, lambda: fail(RuntimeError("a bug"))).result()  # a thread: no signals
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("resumable", [True, False])
-def test_stopped_run_says_how_to_go_on(resumable: bool, how: int, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("how, resumable", [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_stopped_run_says_how_to_go_on(how: int, resumable: bool, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["/x/cass.py", "--data", "my images", "--resume"])
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
@@ -127,9 +125,9 @@ def test_random_weights_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize("state", [
-    *[prefixed(f"{prefix}.") for prefix in ("backbone", "encoder_q", "encoder", "model", "module",
-                                            "_orig_mod", "_orig_mod.module", "module.backbone")],
-    *[{wrapper: CNN, "epoch": 3} for wrapper in ("state_dict", "model", "teacher", "student")],
+    *[prefixed(f"{prefix}.") for prefix in ("backbone", "_orig_mod.module")],
+    *[{wrapper: CNN, "epoch": 3} for wrapper in ("state_dict", "model", "teacher", "student",
+                                                 "model_ema")], {"model": {"state_dict": CNN}},
     {"student": prefixed("", ""), "teacher": prefixed("backbone.")},
     {"state_dict": prefixed("module.encoder_q.", "module.encoder_k.") | {"queue": torch.ones(9)}},
     prefixed("backbone.") | {"head.mlp.0.weight": torch.ones(2, 2)}, without(*HEAD),
@@ -141,21 +139,20 @@ def test_weights_as_people_have_them(state: dict, tmp_path: Path) -> None:
                               "the classifier is new")
 
 
-@pytest.mark.parametrize("outputs", [None, 5, 0])
 @pytest.mark.parametrize("state, words", [
-    (VIT, "conv1.0.weight"), ({}, "no tensors"), ([1], "no tensors"), ({"epoch": 3}, "no tensors"),
+    (VIT, "conv1.0.weight"), ([1], "no tensors"), ({"epoch": 3}, "no tensors"),
     (dict(list(CNN.items())[:46]), "layer2.0.downsample.2.running_var"),
     (dict(list(prefixed("encoder.").items())[:46]), "layer2.0.downsample.2.running_var"),
-    (without("layer2.0.conv1.weight"), "layer2.0.conv1.weight"),
     (without("conv1.0.weight"), "conv1.0.weight"),
+    (CNN | {"conv1.0.weight": CNN["conv1.0.weight"] * math.nan}, "conv1.0.weight holds nan"),
     ({key: CNN[key] for key in ("fc.weight", "fc.bias")}, "conv1.0.weight"),
     (CNN | {"layer2.0.conv1.weight": torch.ones(3, 3)}, "layer2.0.conv1.weight"),
     (CNN | {"layer9.weight": torch.ones(3)}, "layer9.weight")])
-def test_weights_that_fit_nowhere_are_refused(state: object, words: str, outputs: int | None,
-                                              tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=words) as refused:
-        start(tmp_path, state, outputs)
-    assert str(tmp_path / "test_resnet.pt") in str(refused.value)
+def test_weights_that_fit_nowhere_are_refused(state: object, words: str, tmp_path: Path) -> None:
+    for outputs in (None, 5, 0):
+        with pytest.raises(UserError, match=words) as refused:
+            start(tmp_path, state, outputs)
+        assert str(tmp_path / "test_resnet.pt") in str(refused.value)
 
 
 class Code:
@@ -174,7 +171,10 @@ def test_files_that_are_no_weights(read: Callable, name: str, tmp_path: Path, mo
     file = tmp_path / name
     torch.save({"state_dict": CNN, "arch": "test_resnet", "hook": Code()}, file)
     zipped = file.read_bytes()
-    for body in (zipped, pickle.dumps(Code(), 2), POINTER, zipped[:9000], b"", b"hello"):
+    torch.save(CNN, file)
+    flipped = bytearray(file.read_bytes())
+    flipped[len(flipped) // 2] ^= 1  # `torch.load` compares no checksums
+    for body in (zipped, flipped, pickle.dumps(Code(), 2), POINTER, zipped[:9000], b"", b"hello"):
         file.write_bytes(body)
         with pytest.raises(UserError) as refused:
             read(file)
@@ -182,8 +182,8 @@ def test_files_that_are_no_weights(read: Callable, name: str, tmp_path: Path, mo
         assert not Path("made").exists()
 
 
-@pytest.mark.parametrize("name", ["test_resnet.safetensors", "test_resnet.pt", "test_resnet.pth",
-                                  "test_resnet.bin", "test_resnet.r160_in1k.safetensors"])
+@pytest.mark.parametrize("name", ["test_resnet.safetensors", "test_resnet.bin",
+                                  "test_resnet.r160_in1k.pth"])
 def test_names_with_and_without_a_tag(name: str, tmp_path: Path) -> None:
     (save_file if name.endswith(".safetensors") else torch.save)(CNN, tmp_path / name)
     network = build_model("test_resnet.r160_in1k", str(tmp_path), 48)
@@ -235,21 +235,6 @@ def test_silent_hub(tmp_path: Path, monkeypatch) -> None:
 # %% the folder of a run
 
 
-def parts(seed: int) -> list:
-    torch.manual_seed(seed)
-    network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 1))
-    return [network, torch.optim.Adam(network.parameters())]
-
-
-def train(some: list, epochs: int) -> dict:
-    network, optimizer = some
-    for _ in range(epochs):  # data and dropout come from the random stream
-        optimizer.zero_grad()
-        network(torch.randn(8, 6)).square().mean().backward()
-        optimizer.step()
-    return network.state_dict()
-
-
 def begun(folder: Path, **options: object) -> Run:
     run = Run(folder, {"resume": False, "epochs": 9, "lr": 0.1, "workers": 0} | options)
     run.begin(classes=["cat"], window=(1.0, 9.0))
@@ -261,17 +246,8 @@ def saved(folder: Path, *epochs: int) -> Run:
     for epoch in epochs:
         run.log({"epoch": epoch, "loss": 1 / epoch})
         run.cost = 0  # of the last time, so that this time too it is saved
-        run.save(parts(0), [0.5] * epoch)
+        run.save([], [0.5] * epoch)
     return run
-
-
-def test_restored_is_as_never_stopped_to_the_bit(tmp_path: Path) -> None:
-    whole, some, run = train(parts(0), 5), parts(0), begun(tmp_path)
-    train(some, 2)
-    run.save(some, [0.5, 1 / 3])
-    other = parts(7)
-    assert begun(tmp_path, resume=True).restore(other) == [0.5, 1 / 3]
-    assert equal(train(other, 3), whole)
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, monkeypatch) -> None:
@@ -279,7 +255,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, monkeyp
     saved(tmp_path, 1, 2, 3)
     torch.save({"history": [1.0], "hook": Code()}, tmp_path / "checkpoint.pt")
     run = begun(tmp_path, resume=True)
-    assert run.restore(parts(1)) == [0.5, 0.5] and not Path("made").exists()
+    assert run.restore([]) == [0.5, 0.5] and not Path("made").exists()
     run.log({"epoch": 4})
     rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert [row["epoch"] for row in rows] == [1, 2, 4]  # a lost epoch's row is lost with it
@@ -319,7 +295,7 @@ def test_options_are_compared_and_finished_runs_train_on(tmp_path: Path) -> None
     assert Run(tmp_path, options | {"workers": 3, "device": "cuda", "data": "b"}).resuming
     run.finish()
     same, more = Run(tmp_path, options), Run(tmp_path, options | {"epochs": 12})
-    assert same.finished and not more.finished and len(more.restore(parts(1))) == 2
+    assert same.finished and not more.finished and len(more.restore([])) == 2
     for wrong, words in (({"resume": False}, "a finished run; choose another --out"),
                          ({"lr": 0.2}, "--lr 0.1, not 0.2"), ({"epochs": 8}, "--epochs 9, not 8")):
         with pytest.raises(UserError, match=words):
@@ -357,31 +333,6 @@ def test_saved_network_is_loaded_by_timm_and_by_us(name: str, size: int, tmp_pat
     if name == "test_vit":
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], (2, 2))
     assert equal(load_network(tmp_path / "cnn.pt", 32).state_dict(), state)
-
-
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    """`torch.load` compares no checksums."""
-    file = tmp_path / "test_resnet.pt"
-    torch.save(CNN, file)
-    whole = bytearray(file.read_bytes())
-    whole[len(whole) // 2] ^= 1
-    file.write_bytes(whole)
-    with pytest.raises(UserError, match="test_resnet.pt can't be read"):
-        build_model("test_resnet", str(tmp_path), 32)
-
-
-def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
-    first = next(iter(CNN))
-    torch.save(CNN | {first: CNN[first] * math.nan}, tmp_path / "test_resnet.pt")
-    with pytest.raises(UserError, match=f"{first} holds nan"):
-        build_model("test_resnet", str(tmp_path), 32)
-
-
-@pytest.mark.parametrize("wrap", [lambda w: {"model_ema": w},
-                                  lambda w: {"model": {"state_dict": w}}])
-def test_wrappers_in_wrappers(wrap, tmp_path: Path) -> None:
-    torch.save(wrap(CNN), tmp_path / "test_resnet.pt")
-    assert equal(build_model("test_resnet", str(tmp_path), 32).state_dict(), CNN)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
