@@ -10,12 +10,6 @@ Near duplicates: the signs of the lowest 63 waves of a 32 x 32 grey copy (pHash)
 other contrast, and neighbouring slices of one patient; not what was cropped or mirrored.
 """
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run by its path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 import hashlib
 import json
@@ -23,14 +17,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data import (PARTS, DataError, ImageSet, Row, add_data_options, describe, load_image,
                   open_images, write_split)
+from extras.pictures import grid, words
 from runtime import clear_exit, command_parser, write_text
 
 # A cosine transform: the lowest 8 waves (rows) over 32 pixels (columns).
@@ -133,21 +129,20 @@ def judge(looks: dict[Row, Look], equal: list[Group], near: list[Group]) -> dict
 
 def contact_sheet(images: ImageSet, groups: list[Group], side: int = 190) -> Image.Image:
     """Two images of each group, side by side, three groups in a row."""
-    width, height = 2 * side + 24, side + 78
-    sheet = Image.new("RGB", (3 * width, -(-len(groups) // 3) * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for n, group in enumerate(groups):
-        x, y = n % 3 * width + 8, n // 3 * height + 6
+    pairs = []
+    for group in groups:
         title = group.title + ", across parts" * group.differ("split")
-        draw.text((x, y), title + ", LABELS DIFFER" * group.differ("labels"), "black", font)
+        title = words(title + ", LABELS DIFFER" * group.differ("labels"), 2 * side, 12)
         first, *rest = group.rows
         other = max(rest, key=lambda row: (row.labels != first.labels, row.split != first.split))
-        for left, row in ((x, first), (x + side + 8, other)):
+        columns = []
+        for row in (first, other):
             image = load_image(images.folder / row.path, images.window)
-            sheet.paste(ImageOps.contain(image, (side, side)), (left, y + 20))
             caption = f"{row.split}: {'|'.join(row.labels)}"[:26] + "\n" + row.path[-26:]
-            draw.text((left, y + side + 24), caption, "black", font)
-    return sheet
+            image = ImageOps.pad(image, (side, side), color="white")
+            columns.append(grid([[image], [words(caption, side, 12)]], 4))
+        pairs.append(grid([[title], [grid([columns], 8)]], 4))
+    return grid([pairs[i:i + 3] for i in range(0, len(pairs), 3)], 24)
 
 
 # %% the command

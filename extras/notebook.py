@@ -7,16 +7,11 @@ and the titles of the parts as Markdown, and a last cell that trains small netwo
 tensors. It needs torch, torchvision, timm and tqdm, and no other file of this project.
 """
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run by its path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 import ast
 import json
 import re
+from pathlib import Path
 
 from runtime import UserError, clear_exit, command_parser, write_text
 

@@ -8,22 +8,16 @@ and a score on these images says nothing about the real ones. Equal seeds give e
 machine with the same numpy and Pillow, and 20 images are the first 20 of 198.
 """
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run by its path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 import math
-import os
-import shutil
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from runtime import UserError, clear_exit, command_parser, positive
+from runtime import UserError, clear_exit, command_parser, positive, seed_number
 
 HEIGHT, WIDTH = 352, 469  # paper, 4.3
 MARGIN = 110  # while drawing, as half a large cell may hang over the edge
@@ -138,11 +132,10 @@ def draw_sample(folder: str | Path, images: int = 198, patients: int = 7, seed: 
     target = Path(folder).resolve()
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: name another one")
-    if seed < 0:
-        raise UserError("--seed is a number from 0 on")
-    work = target.with_name(f".{target.name}-{os.getpid()}")
     groups, labels = sample_design(images, patients, seed)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as aside:
+        work = Path(aside) / "set"
         (work / "images").mkdir(parents=True)
         table = [f"image,{','.join(CLASSES)},group"]
         for i, (group, shown) in enumerate(zip(groups.tolist(), labels)):
@@ -154,8 +147,6 @@ def draw_sample(folder: str | Path, images: int = 198, patients: int = 7, seed: 
         if target.exists():
             target.rmdir()  # it is empty; only POSIX would rename over it
         work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 
@@ -165,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     add("folder", help="folder to write the synthetic set into, a new or an empty one")
     add("--images", type=positive(int), default=198, help="images (default and paper: 198)")
     add("--patients", type=positive(int), default=7, help="patients (default and paper: 7)")
-    add("--seed", type=int, default=0, help="equal seeds draw equal images (default: 0)")
+    add("--seed", type=seed_number, default=0, help="equal seeds draw equal images (default: 0)")
     args = parser.parse_args(argv)
     with clear_exit():
         draw_sample(args.folder, args.images, args.patients, args.seed)
