@@ -1,7 +1,6 @@
 """data.py: every form of folder and table, splits by their properties, augmentations by their
 probabilities, and batches that follow from seed and epoch alone. Image files: test_images.py."""
 
-import io
 import os
 import sys
 from collections import Counter
@@ -17,7 +16,7 @@ from torchvision.transforms import v2
 import data
 from data import DataError, EpochBatches, ImageRows, ImageSet, Row, augmentation, make_loader
 from data import read_images, read_split, split_images, write_split
-from helpers import class_folders, labels_csv, noise, put, sentence
+from helpers import class_folders, labels_csv, noise, put
 
 
 def found(folder: Path) -> list[tuple]:
@@ -59,19 +58,13 @@ def test_split_folders(tmp_path: Path, names: tuple[str, ...]) -> None:
 
 
 def test_missing_validation_is_an_eighth_of_training(tmp_path: Path) -> None:
-    class_folders(tmp_path / "Training", cat=24, dog=8)
-    class_folders(tmp_path / "Testing", cat=3, dog=3)
+    put(tmp_path, *(f"Training/{'dog' if i < 8 else 'cat'}/{i}.png" for i in range(32)),
+        *(f"Testing/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)))
     images = split_images(read_images(tmp_path))
     assert Counter((r.split, *r.labels) for r in images.rows) == {
         ("train", "cat"): 21, ("train", "dog"): 7, ("val", "cat"): 3, ("val", "dog"): 1,
         ("test", "cat"): 3, ("test", "dog"): 3}
     assert all(r.path.startswith("Testing/") == (r.split == "test") for r in images.rows)
-
-
-def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    images = split_images(read_images(put(tmp_path, *(f"{i}.png" for i in range(10)))))
-    assert images.classes == [] and images.truth(images.rows).shape == (10, 0)
-    assert counts(images) == [7, 1, 2] and images.labelled(images.rows) == []
 
 
 def test_one_file_is_found_as_well_as_a_folder(tmp_path: Path) -> None:
@@ -80,13 +73,6 @@ def test_one_file_is_found_as_well_as_a_folder(tmp_path: Path) -> None:
     assert [row.path for row in images.rows] == ["2.png", "a/0.png", "a/b/1.png"]
     images = data.find_images(tmp_path / "a" / "0.png")
     assert images.folder == tmp_path / "a" and images.rows == [Row("0.png")]
-    assert not images.classes and {row.split for row in images.rows} == {""}
-
-
-def test_split_folders_of_unlabelled_images(tmp_path: Path) -> None:
-    images = read_images(put(tmp_path, "train/0.png", "test/0.png"))
-    assert {(r.path, r.split, r.labels) for r in images.rows} == {
-        ("train/0.png", "train", ()), ("test/0.png", "test", ())}
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
@@ -98,21 +84,16 @@ def test_a_part_without_labels_beside_labelled_ones(tmp_path: Path, part: str) -
     assert f"the {part} part has no labels" in images.notes
 
 
-def test_hidden_and_odd_files_are_passed_over_and_nested_ones_belong_to_their_class(
+def test_hidden_and_odd_files_are_passed_over_and_classes_are_in_the_order_of_their_numbers(
         tmp_path: Path) -> None:
-    put(tmp_path, "cat/0.png", "cat/.1.png", ".hidden/2.png", "cat/.ipynb_checkpoints/3.png",
-        "__MACOSX/cat/0.png", "cat/2024/may/0.JPG", "cat/1.Tiff")
-    for junk in ("cat/._0.png", "cat/Thumbs.db", ".DS_Store"):
+    put(tmp_path, "10/0.png", "10/.1.png", ".hidden/2.png", "10/.ipynb_checkpoints/3.png",
+        "__MACOSX/10/0.png", "2/2024/may/0.JPG", "2/1.Tiff")
+    for junk in ("10/._0.png", "10/Thumbs.db", ".DS_Store"):
         (tmp_path / junk).write_text("x")
-    assert found(tmp_path) == [("cat/0.png", "cat"), ("cat/1.Tiff", "cat"),
-                               ("cat/2024/may/0.JPG", "cat")]
+    assert found(tmp_path) == [("10/0.png", "10"), ("2/1.Tiff", "2"), ("2/2024/may/0.JPG", "2")]
+    assert read_images(tmp_path).classes == ["2", "10"]
     (note,) = read_images(tmp_path).notes
-    assert "deeper than their class folder" in note and "cat/2024/may/0.JPG" in note
-
-
-def test_class_folders_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    put(tmp_path, *(f"{name}/0.png" for name in ("10", "2", "0", "1")))
-    assert read_images(tmp_path).classes == ["0", "1", "2", "10"]
+    assert "deeper than their class folder" in note and "2/2024/may/0.JPG" in note
 
 
 def test_endings_that_pillow_opens_are_read(tmp_path: Path) -> None:
@@ -138,10 +119,8 @@ def test_what_may_be_meant_otherwise_is_noted(tmp_path: Path, names: list, words
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert any(all(word in note for word in words) for note in read_images(tmp_path).notes)
-
-
-def test_names_of_classes_that_only_begin_like_a_part_are_not_noted(tmp_path: Path) -> None:
-    assert not read_images(put(tmp_path, "testis/0.png", "valve/0.png", "with_mask/0.png")).notes
+    fine = put(tmp_path / "fine", "testis/0.png", "valve/0.png", "with_mask/0.png")
+    assert not read_images(fine).notes  # these only begin like a part
 
 
 def test_links_bring_each_folder_once_and_lead_nowhere_above(tmp_path: Path) -> None:
@@ -189,19 +168,15 @@ def test_folders_that_cant_be_used(tmp_path: Path, make, words: list[str]) -> No
 
 
 @pytest.mark.parametrize("text", [
-    "image,diagnosis\na.png,cat\nb.png,dog\n",
-    "image;diagnosis\na.png;cat\nb.png;dog\n",
     "image\tdiagnosis\na.png\tcat\nb.png\tdog\n",
-    "image,diagnosis\r\na.png,cat\r\nb.png,dog\r\n",
+    "Image,Label\r\na.png,cat\r\n./b.png,dog\r\n",
     "image,diagnosis\ra.png,cat\rb.png,dog\r",
     "\ufeffimage,diagnosis\na.png,cat\nb.png,dog",
     "image;diagnosis\na.png;cat\nb.png;dog\n".encode("utf-16"),
     "\n\ndiagnosis, image\ncat, a.png\n\n , \ndog, b.png\n\n",
-    "Image,Label\na.png,cat\n./b.png,dog\n",
     "Unnamed: 0,image,label\n0,a.png,cat\n1,b.png,dog\n",
     ",image,label\n0,a.png,cat\n1,b.png,dog\n",
     "image,label,,\na.png,cat,,\nb.png,dog,,\n",
-    "image,cat,dog\na.png,1,0\nb.png,0,1\n",
     "image,cat,dog\na.png,1.0,0.0\nb.png,0.0,1.0\n",
     "image;cat;dog\na.png;1,0;0,0\nb.png;0,0;1,0\n",
     '"","image","cat","dog"\n"1","a.png",TRUE,FALSE\n"2","b.png",FALSE,TRUE\n',
@@ -248,9 +223,7 @@ def test_labels_csv_with_few_labels_or_none(tmp_path: Path) -> None:
     ("image,label\n/a.png,cat\nb.png,dog\n", ["line 2", "relative"]),
     ("image,label,age\na.png,cat,61\n", ["label, age", "known are"]),
     ("image,cat,age\na.png,1,61\n", ["line 2", "'age'", "'61'", "0 or 1"]),
-    ("image,cat,dog\na.png,1,\n", ["line 2", "'dog'", "''", "0 or 1"]),
     ("image,cat,dog\na.png,1,-1\n", ["line 2", "'dog'", "'-1'", "0 or 1"]),
-    ("image,cat,dog\na.png,1,NaN\n", ["line 2", "'dog'", "'NaN'", "0 or 1"]),
     ("image,label\na.png,cat\nb.png,NA\n", ["line 3", "'NA'", "leave it empty"]),
     ("image,label\na.png,1\nb.png,1.0\n", ["'1' and '1.0'"]),
     ("file,label\na.png,cat\n", ["`image`", "file, label"]),
@@ -260,11 +233,9 @@ def test_labels_csv_with_few_labels_or_none(tmp_path: Path) -> None:
     ("image,label\na.png\n", ["line 2", "1 cells", "2"]),
     ("image,label\na.png,cat,x\n", ["line 2", "3 cells", "2"]),
     ("image,label,group\na.png,cat,p\nb.png,cat,\n", ["line 3", "group", "every"]),
-    ("image,label,split\na.png,cat,train\nb.png,cat,\n", ["line 3", "split", "every"]),
     ("image,label,split\na.png,cat,dev\n", ["line 2", "'dev'", "train, val or test"]),
     ("image,label\n,cat\n", ["line 2", "no image"]),
     (b"image,label\na.png,caf\xe9\n", ["UTF-8"]),
-    ('image,label\na.png,cat|dog\nb.png,Cat\n', ["'Cat' and 'cat'"]),
     ('image,label\na.png,"cat\nb.png,dog\n', ["quote"]),
     ('image,label\na.png,"' + "x" * 140_000, ["quote"]),
 ])
@@ -284,7 +255,7 @@ def parts_of(images: ImageSet, **options) -> dict[str, str]:
     return {r.path: r.split for r in split_images(images, **options).rows}
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_split_is_complete_and_stratified_within_rounding(seed: int) -> None:
     images = image_set([("a",)] * 101 + [("b",)] * 43 + [("c",)] * 10)
     split = split_images(images, seed=seed)
@@ -316,7 +287,7 @@ def test_several_labels_keep_their_prevalence(seed: int) -> None:
         assert np.abs(shares - truth.mean(0)).max() < 0.03
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("sizes, near", [(None, 0.07), ((40, 35, 32, 28, 25, 22, 16), 0.12)])
 def test_groups_stay_together_with_shares_near_the_ratios(seed: int, sizes, near: float) -> None:
     rng = np.random.default_rng(seed)
@@ -345,6 +316,8 @@ def test_unlabelled_images_are_shared_out_like_the_others() -> None:
     split = split_images(image_set([("a",), ("b",), (), (), ()] * 20))
     assert counts(split) == [70, 10, 20]
     assert [len(split.labelled(split.part(part))) for part in data.PARTS] == [28, 4, 8]
+    none = split_images(image_set([()] * 10))
+    assert counts(none) == [7, 1, 2] and none.truth(none.rows).shape == (10, 0)
 
 
 # %% split.csv
@@ -435,8 +408,8 @@ def test_another_data_set_is_split_anew_and_says_so(tmp_path: Path) -> None:
 
 # %% augmentations
 
-DRAWS = 1500
-NEAR = 0.04  # three standard deviations of a share of 1,500 draws
+DRAWS = 1000
+NEAR = 0.045  # three standard deviations of a share of 1,000 draws
 
 
 def quarters() -> Image.Image:
@@ -445,14 +418,6 @@ def quarters() -> Image.Image:
     for i, colour in enumerate(((250, 60, 20), (160, 40, 10), (90, 25, 6), (30, 8, 2))):
         image.paste(colour, (8 * (i % 2), 8 * (i // 2), 8 * (i % 2) + 8, 8 * (i // 2) + 8))
     return image
-
-
-@pytest.fixture(scope="module")
-def drawn() -> torch.Tensor:
-    """The paper's augmentation of one image, many times."""
-    torch.manual_seed(0)
-    transform, image = augmentation(16), quarters()
-    return torch.stack([transform(image) for _ in range(DRAWS)])
 
 
 def share(mask: torch.Tensor | list[bool]) -> float:
@@ -468,21 +433,6 @@ def test_output_is_resized_and_normalised_as_in_the_paper() -> None:
     assert torch.equal(plain, augmentation(16, "none")(image))
     for x in (plain, augmentation(16)(image), augmentation(16)(Image.new("RGB", (1, 1)))):
         assert x.shape == (3, 16, 16) and x.dtype == torch.float32
-
-
-def test_flips_have_probability_three_tenths(drawn: torch.Tensor) -> None:
-    red = drawn[:, 0]
-    flipped_h = red[:, 4:12, 4].sum(1) < red[:, 4:12, 11].sum(1)
-    flipped_v = red[:, 4, 4:12].sum(1) < red[:, 11, 4:12].sum(1)
-    assert abs(share(flipped_h) - 0.3) < NEAR and abs(share(flipped_v) - 0.3) < NEAR
-    assert abs(share(flipped_h & flipped_v) - 0.09) < NEAR
-
-
-def test_two_chances_of_three_tenths_to_change_more_than_flips(drawn: torch.Tensor) -> None:
-    plain = augmentation(16, "none")(quarters())
-    flips = [plain, plain.flip(1), plain.flip(2), plain.flip(1, 2)]
-    same = torch.stack([(drawn - flip).abs().amax((1, 2, 3)) < 1e-6 for flip in flips]).any(0)
-    assert abs(share(same) - 0.7 * 0.7) < NEAR
 
 
 def test_the_papers_list_in_order() -> None:
@@ -516,21 +466,18 @@ def test_jitter_or_the_other_with_probability_three_tenths_each_as_likely(number
     assert abs(changed - 0.3) < NEAR and abs(jittered - 0.15) < NEAR
 
 
-@pytest.mark.parametrize("name", ["blur", "solarize", "blur+solarize"])
-def test_the_ablations_add_blur_and_solarize(name: str) -> None:
-    steps, base = augmentation(224, name).transforms, augmentation(224).transforms
-    added = dict(zip(name.split("+"), steps[5:-4], strict=True))
-    assert [type(s) for s in [*steps[:5], *steps[-4:]]] == [type(s) for s in base]
-    assert all(step.p == 0.2 for step in added.values())
-    if "blur" in added:
-        (blur,) = added["blur"].transforms
-        assert list(blur.sigma) == [0.1, 2] and list(blur.kernel_size) == [23, 23]
-    if "solarize" in added:
-        torch.manual_seed(0)
-        image = Image.fromarray(np.tile(np.array([[[0] * 3, [255] * 3]], np.uint8), (16, 8, 1)))
-        after = [np.asarray(added["solarize"](image)) for _ in range(400)]
-        assert abs(share([bool((a != np.asarray(image)).any()) for a in after]) - 0.2) < 0.06
-        assert all(a.max() in (0, 255) for a in after)  # solarized: white is black
+def test_the_ablations_add_blur_and_solarize() -> None:
+    base = [type(step) for step in augmentation(224).transforms]
+    for name in ("blur", "solarize", "blur+solarize"):
+        steps = augmentation(224, name).transforms
+        added = steps[5:-4]
+        assert [type(step) for step in [*steps[:5], *steps[-4:]]] == base
+        assert len(added) == len(name.split("+")) and all(step.p == 0.2 for step in added)
+    (blur,), solarize = added[0].transforms, added[1]
+    assert list(blur.sigma) == [0.1, 2] and list(blur.kernel_size) == [23, 23]
+    white = Image.new("RGB", (8, 8), "white")
+    after = [np.asarray(solarize(white)).max() for _ in range(100)]
+    assert {0, 255} == set(after)  # solarized: white is black
 
 
 # %% loading
@@ -567,7 +514,7 @@ def test_labels_travel_with_their_images(ten: ImageSet) -> None:
     loader = make_loader(rows, 4, seed=1)
     order = [i for batch in loader.batch_sampler for _, i in batch]
     images, labels = (torch.cat(parts) for parts in zip(*loader))
-    assert sorted(order) == list(range(10)) != order
+    assert order != list(range(10))
     assert torch.equal(labels, torch.from_numpy(ten.truth(ten.rows))[order])
     assert all(torch.equal(image, rows[0, i][0]) for image, i in zip(images, order))
 
@@ -603,30 +550,21 @@ def test_workers_change_nothing(ten: ImageSet) -> None:
         loader = make_loader(rows, 3, seed=4, workers=workers)
         next(iter(loader))  # an iteration that was broken off
         return [batch for epoch in (0, 1) if loader.set_epoch(epoch) is None for batch in loader]
-    torch.manual_seed(0)
     before = torch.get_rng_state()
-    plain, *others = (passes(workers) for workers in (0, 1, 2))
+    plain, others = passes(0), passes(2)
     assert torch.equal(torch.get_rng_state(), before) and len(plain) == 6
-    assert all(all(map(torch.equal, plain, other)) for other in others)
+    assert all(map(torch.equal, plain, others))
 
 
 def test_a_bar_is_shown_on_a_terminal_alone_and_for_training_alone(
-        ten: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return self.terminal
-
-    def shown(terminal: bool, shuffle: bool) -> str:
-        out, err = Terminal(), io.StringIO()
-        out.terminal = terminal
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", out), patch.setattr(sys, "stderr", err)
-            loader = make_loader(ImageRows(ten, ten.rows, augmentation(16)), 3, shuffle=shuffle)
-            loader.set_epoch(4)
-            assert len(list(loader)) == 4 - shuffle
-        return out.getvalue() + err.getvalue()
-    assert "epoch 5" in shown(True, True) and "images/s" in shown(True, True)
-    assert shown(True, False) == shown(False, True) == ""
+        ten: ImageSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for terminal, shuffle in ((True, True), (True, False), (False, True)):
+        loader = make_loader(ImageRows(ten, ten.rows, augmentation(16)), 3, shuffle=shuffle)
+        loader.set_epoch(4)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+        assert len(list(loader)) == 4 - shuffle
+        said = capsys.readouterr().err
+        assert ("epoch 5" in said and "images/s" in said) == (terminal and shuffle), said
 
 
 # %% the command
@@ -650,37 +588,13 @@ def test_command_tells_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixt
     assert examples[0][3] in data.PARTS
 
 
-def test_command_shows_notes_and_damage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    class_folders(tmp_path, cat=9, dog=1)
-    (tmp_path / "cat" / "broken.png").touch()
-    data.main(["--data", str(tmp_path), "--split-seed", "1"])
-    said = capsys.readouterr().out
-    assert "unreadable (1)" in said and "11 images" in said
-    assert "note: the val part has no image of dog" in said
-    data.main(["--data", str(tmp_path), "--skip-bad"])
-    said = capsys.readouterr().out
-    assert "10 images" in said and "note: 1 images that can't be read are left out" in said
-
-
-def test_command_with_several_labels_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                 capsys: pytest.CaptureFixture) -> None:
+def test_command_shows_several_labels_none_notes_and_damage(tmp_path: Path, capsys) -> None:
     labels_csv(tmp_path / "several", "image,labels\na.png,cat|dog\nb.png,\n", "a.png", "b.png")
-    put(tmp_path / "flat", "a.png")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    data.main(["--data=~/several"])
-    data.main(["--data", str(tmp_path / "flat")])
+    data.main(["--data", str(tmp_path / "several")])
     said = capsys.readouterr().out
     assert "2 images, 2 classes, several labels an image" in said and "a.png  cat|dog" in said
-    assert "1 images, no labels" in said
-    assert "is not a folder" in sentence(capsys, lambda: data.main(["--data=~/gone"]))
-
-
-@pytest.mark.parametrize("option, word", [
-    *((f"--ratios={text}", "three shares") for text in ("0.7,0.1", "a,b,c", "0.7,0.2,0.2",
-                                                        "-0.1,0.5,0.6", "0,0.5,0.5", "nan,0,1")),
-    *((f"--window={text}", "LOW,HIGH") for text in ("all", "1", "5,5", "9,1", "nan,1"))])
-def test_numbers_that_cant_be_used(tmp_path: Path, option: str, word: str,
-                                   capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        data.main(["--data", str(tmp_path), option])
-    assert stopped.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
+    assert "note: the val part has no image of cat, dog" in said
+    (put(tmp_path / "flat", "a.png") / "broken.png").touch()
+    data.main(["--data", str(tmp_path / "flat")])
+    said = capsys.readouterr().out
+    assert "2 images, no labels" in said and "unreadable (1)" in said
