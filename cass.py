@@ -176,9 +176,11 @@ def cass_options() -> argparse.ArgumentParser:
 
 def build_arms(args: argparse.Namespace) -> dict[str, nn.Module]:
     """Both networks, with equally many outputs."""
-    from runtime import build_model
+    from runtime import UserError, build_model
 
     inits = args.init.split(",") * 2  # one start for both, or one each
+    if len(inits) > 4:
+        raise UserError(f"--init {args.init} names more than two starts; there are two arms")
     names = args.cnn, args.transformer
     arms = [build_model(name, init, args.image_size, seed=args.seed)
             for name, init in zip(names, inits)]
@@ -197,7 +199,6 @@ def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
 
     device, precision = pick_hardware(args)
     loss, rate = LOSSES[args.loss]
-    args.lr = args.lr or rate
     out = args.out or Path("runs", f"cass-{args.data.resolve().name}")
     columns = *Gauges.columns("cnn"), *Gauges.columns("transformer")
     run = Run(out, vars(args), ("epoch", "loss", *columns))
@@ -226,8 +227,8 @@ def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
         log({"epoch": 0, "loss": None, **gauges(gauges.untrained(forward, loader))})
     torch.manual_seed(args.seed)
     networks = pretrain_cass(
-        *arms.values(), loader, epochs=args.epochs, loss=compare, lr=args.lr, precision=precision,
-        cnn_optimizer=OPTIMIZERS[args.cnn_optimizer], log=log, save=run.save,
+        *arms.values(), loader, epochs=args.epochs, loss=compare, lr=args.lr or rate,
+        precision=precision, cnn_optimizer=OPTIMIZERS[args.cnn_optimizer], log=log, save=run.save,
         restore=run.restore, gauges=gauges)
     if networks[0] is arms["cnn"]:
         print("too short to average weights: the networks are saved as the last step left them")

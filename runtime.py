@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 import time
 import urllib.error
@@ -122,6 +123,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size:
 
 def user_path(text: str) -> Path:
     """An argparse type: a path; a shell leaves the ~ of --out=~/x as it is."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path is empty; write . for the folder you are in")
     return Path(text).expanduser()
 
 
@@ -562,11 +565,11 @@ def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str,
             epochs = run.config["options"]["epochs"]
             hours = run.rows[0]["seconds"] * 3 * epochs * max(1, images / 256) / 3600
             tqdm.write(f"{epochs} epochs will take about " + (
-                f"{hours / 24:.0f} days; smaller networks and images take less" if hours > 36 else
+                f"{hours / 24:.0f} days; see README, Your images, for less" if hours > 36 else
                 f"{hours:.0f} hours" if hours > 1.5 else f"{60 * hours:.0f} min"))
             return
         for sentence in gauges.warnings(row, run.rows[0]):
-            tqdm.write(f"warning: {sentence}; {hint}")
+            tqdm.write(textwrap.fill(f"warning: {sentence}; {hint}", 100))
         for name in gauges.networks:
             if row[f"{name}_moved"] == 0:
                 raise UserError(f"the weights of {name} have not moved in epoch {row['epoch']}: "
