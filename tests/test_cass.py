@@ -1,7 +1,6 @@
 """cass.py: both losses against explicit loops, the training loop against one written by hand, the
 command against the functions it is made of, and every method file as a notebook cell."""
 
-import copy
 import json
 import math
 import re
@@ -284,20 +283,16 @@ def test_method_file_pasted_into_a_notebook(name: str, monkeypatch, capsys) -> N
     for file in FILES:
         monkeypatch.setitem(sys.modules, file.stem, None)  # importing it fails
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "/nowhere/kernel.json"])
-    cell, stream, rows = {"__name__": "__main__"}, torch.get_rng_state(), []
-    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    exec(compile(text, "<cell>", "exec"), cell)
+    cell, stream = {"__name__": "__main__"}, torch.get_rng_state()
+    exec(compile((ROOT / f"{name}.py").read_text(encoding="utf-8"), "<cell>", "exec"), cell)
     assert public(ROOT / f"{name}.py") <= set(cell) and "main" in cell
     assert capsys.readouterr() == ("", "") and torch.equal(torch.get_rng_state(), stream)
-    cnn = timm.create_model("test_resnet", num_classes=3)
-    x, truth = torch.rand(4, 3, 32, 32), torch.eye(3)[[0, 1, 2, 0]]
-    if name == "cass":
-        cell["pretrain_cass"](cnn, copy.deepcopy(cnn), [x, x], epochs=1, log=rows.append)
-    elif name == "dino":
-        student, views = cell["DinoNetwork"](cnn, 8), ([x, x], [x, x])
-        cell["pretrain_dino"](student, [views], epochs=1, log=rows.append)
-    else:
-        cell["finetune_network"](cnn, [(x, truth)], [(x, truth)], epochs=1, log=rows.append)
+    x, truth, rows = torch.rand(4, 3, 8, 8), torch.eye(3)[[0, 1, 2, 0]], []
+    arguments = {"cass": lambda: (TinyNet(), TinyNet(), [x, x]),
+                 "dino": lambda: (cell["DinoNetwork"](TinyNet(), 8), [([x, x], [x, x])]),
+                 "finetune": lambda: (TinyNet(), [(x, truth)], [(x, truth)])}[name]()
+    train = cell["finetune_network" if name == "finetune" else f"pretrain_{name}"]
+    train(*arguments, epochs=1, log=rows.append)
     assert [row["epoch"] for row in rows] == [1] and math.isfinite(rows[0]["loss"])
 
 

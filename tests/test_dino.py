@@ -311,14 +311,6 @@ def test_the_authors_recipe_runs(pets: Path, tmp_path: Path) -> None:
     assert [row["backbone_moved"] > 0 for row in rows] == [False, True]
 
 
-@pytest.mark.parametrize("arch", ["test_resnet", "test_vit"])
-def test_room_for_a_second_size_changes_nothing_at_the_first(arch: str) -> None:
-    plain, dynamic = (runtime.build_model(arch, "random", 64, dynamic=dynamic).eval()
-                      for dynamic in (False, True))
-    images = torch.rand(2, 3, 64, 64)
-    assert equal([state(plain), plain(images)], [state(dynamic), dynamic(images)])
-
-
 @pytest.mark.parametrize("entropy, way", [(0.01, "one output wins"), (3.4, "all alike")])
 def test_collapse_is_said_once(entropy: float, way: str, pets: Path, tmp_path: Path,
                                arrived: dict, capsys: pytest.CaptureFixture) -> None:
