@@ -39,6 +39,8 @@ class UserError(Exception):
 
 
 MENDABLE = {  # a part of what PyTorch says -> what a user can do
+    "shared memory": "/dev/shm has no room for the loader's batches; take --workers 0, or enlarge "
+                     "it (docker run --shm-size=8g)",
     "out of memory": "memory ran out; add --checkpointing, or lower --batch-size or --image-size",
     "can't allocate memory": "memory ran out; add --checkpointing, or lower --batch-size or "
                              "--image-size",

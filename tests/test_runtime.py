@@ -47,6 +47,10 @@ def fail(error: Exception) -> None:
     (lambda: open("nowhere.png"), "[Errno 2] No such file or directory: 'nowhere.png'"),
     (lambda: fail(torch.OutOfMemoryError("CUDA out of memory.")), "--batch-size or --image-size"),
     (lambda: torch.empty(10 ** 15), "--batch-size or --image-size"),
+    (lambda: fail(RuntimeError("In a worker\nunable to allocate shared memory(shm) for file </t>: "
+                               "No space left on device")), "--shm-size=8g)"),
+    (lambda: fail(RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error. Are "
+                               "workers out of shared memory?")), "--shm-size=8g)"),
     (lambda: next(iter(DataLoader([0], num_workers=1, collate_fn=lambda _: os.kill(
         os.getpid(), signal.SIGKILL)))), "fewer --workers")])
 def test_what_a_user_can_mend_is_one_sentence(call: Callable, words: str, capsys) -> None:
