@@ -33,6 +33,9 @@ PARTS = ("train", "val", "test")
 PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
               "validation": "val", "test": "test", "testing": "test"}
 
+# What fits into no CSV file or no terminal; bytes that are no UTF-8 come from old zips.
+NOT_TEXT = re.compile("[\x00-\x08\n-\x1f\x7f-\x9f\ud800-\udfff]")
+
 # %% folders
 
 
@@ -98,12 +101,11 @@ def _walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
                 images.append(path)
             elif name not in ("labels.csv", "thumbs.db"):
                 others[os.path.splitext(name)[1] or name] += 1
-    kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(6))
+    kinds = ", ".join(f"{count} {ascii(ending)[1:-1]}" for ending, count in others.most_common(6))
     require(images, f"{folder} holds no images ({' '.join(ENDINGS)}), but {kinds or 'no files'}; "
                     "--data names the folder that holds them")
-    for path in images:  # what fits into no CSV file; bytes that are no UTF-8 come from old zips
-        require(not re.search("[\r\n\ud800-\udfff]", path),
-                f"the name of {ascii(path)} is not plain text; rename that file")
+    for path in images + folders:
+        require(not NOT_TEXT.search(path), f"the name of {ascii(path)} is not plain text; rename it")
     return sorted(images), sorted(folders), [f"files not read: {kinds}"] if kinds else []
 
 
@@ -175,8 +177,8 @@ def read_table(file: Path, strip: bool = True) -> tuple[list[str], list[tuple[in
         header.pop()
     for number, cells in lines:
         bare, where = [cell.strip() for cell in cells], f"{file} line {number}"
-        require("\n" not in "".join(bare),
-                f"{where} ends a cell that goes over several lines; is a quote unclosed?")
+        require(not NOT_TEXT.search("".join(bare)), f"{where} ends a cell that goes over several "
+                "lines or holds control characters; is a quote unclosed?")
         require(len(bare) >= len(header) and not any(bare[len(header):]),
                 f"{where} has {len(bare)} cells, not the {len(header)} of its first line")
         cells[:] = bare if strip else cells

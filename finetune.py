@@ -410,8 +410,10 @@ def report(run: Any, trained: dict[int, dict[str, dict]], images: Any) -> None:
     write_lines(run.folder / "predictions.csv", lines)
     for name in trained[best]:
         (run.folder / f"{name}-seed{best}.pt").replace(run.folder / f"{name}.pt")
+    for file in set(run.folder.glob("*-seed*.pt")) - set(run.folder.glob("checkpoint*")):
+        file.unlink()  # the other seeds'; a run killed here makes them anew from the checkpoints
     run.finish(chosen=seeds[best]["chosen"])
-    for file in run.folder.glob("*-seed*.pt"):  # the other seeds', and the checkpoints
+    for file in run.folder.glob("checkpoint*"):
         file.unlink()
     print(f"\ntest scores on {len(truth)} images, {len(seeds)} seed(s); chosen: by validation "
           "images, oracle: in hindsight")
@@ -452,10 +454,16 @@ def prediction_lines(arms: dict[str, np.ndarray], chosen: str, images: Any, rows
                **{f"{name}: class": answer for name, answer in answers.items()}, **cells}
 
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # no number of ours begins so
+
+
 def write_lines(file: Path, lines: list[dict]) -> None:
-    """Write dicts of the same keys as CSV, whole or not at all."""
+    """Write dicts of the same keys as CSV, whole or not at all. A text that a spreadsheet would
+    run as a formula gets a ' in front."""
     from runtime import aside
 
+    lines = [{key: f"'{cell}" if str(cell).startswith(FORMULA) else cell
+              for key, cell in line.items()} for line in lines]
     with aside(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         table = csv.DictWriter(handle, list(lines[0]))
         table.writeheader()
@@ -527,8 +535,6 @@ def run_prediction(args: argparse.Namespace) -> None:
     arms = {name: evaluate(network, loader, precision=precision)[1]
             for name, network in networks.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(out, list(prediction_lines(arms, chosen, images, images.rows, {})))
-    print(f"wrote {len(images.rows)} predictions to {out}")
     if known:
         truth, scores = images.truth([images.rows[i] for i in known]), {}
         for name, probabilities in with_ensemble(arms).items():
@@ -536,6 +542,8 @@ def run_prediction(args: argparse.Namespace) -> None:
         write_text(out.with_name("result.json"), json.dumps(scores, indent=1) + "\n")
         print(f"scores on {len(known)} labelled images, in result.json too")
         print(*score_table({name: summary([one]) for name, one in scores.items()}), sep="\n")
+    write_lines(out, list(prediction_lines(arms, chosen, images, images.rows, {})))
+    print(f"wrote {len(images.rows)} predictions to {out}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ clear exit for errors that a user can mend. Nothing here knows a loss, an image 
 import argparse
 import difflib
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -24,6 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import numpy as np
 import timm
 import torch
@@ -38,15 +44,13 @@ class UserError(Exception):
     """Something the user can put right; its text is one sentence that says what and how."""
 
 
+SMALLER = "memory ran out; add --checkpointing, or lower --batch-size or --image-size"
+FEWER = "a loader process was killed, perhaps for memory; take fewer --workers"
 MENDABLE = {  # a part of what PyTorch says -> what a user can do
     "shared memory": "/dev/shm has no room for the loader's batches; take --workers 0, or enlarge "
                      "it (docker run --shm-size=8g)",
-    "out of memory": "memory ran out; add --checkpointing, or lower --batch-size or --image-size",
-    "can't allocate memory": "memory ran out; add --checkpointing, or lower --batch-size or "
-                             "--image-size",
-    "exited unexpectedly": "a loader process was killed, perhaps for memory; take fewer --workers",
-    "killed by signal": "a loader process was killed, perhaps for memory; take fewer --workers",
-}
+    "out of memory": SMALLER, "can't allocate memory": SMALLER, "MemoryError": SMALLER,
+    "bad_alloc": SMALLER, "exited unexpectedly": FEWER, "killed by signal": FEWER}
 
 
 @contextmanager
@@ -57,19 +61,36 @@ def clear_exit(*errors: type[Exception], resumable: bool = False) -> Iterator[No
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except KeyboardInterrupt:
-        again = command_line().replace(" --resume", "") + " --resume"
-        print(f"\nstopped; go on with\n  {again}" if resumable else "\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (UserError, OSError, RuntimeError, *errors) as error:
+    except (KeyboardInterrupt, UserError, OSError, RuntimeError, MemoryError, *errors) as error:
+        _end_workers()
+        if isinstance(error, KeyboardInterrupt) or "by signal: Terminated" in str(error):
+            again = command_line().replace(" --resume", "") + " --resume"
+            print(f"\nstopped; go on with\n  {again}" if resumable else "\nstopped",
+                  file=sys.stderr)
+            raise SystemExit(130) from None
         # An error from a loader's worker arrives with that worker's traceback in front of it.
         sentence = re.sub(r"^[\w.]*Error: ", "", str(error).strip().split("\n")[-1])
-        if isinstance(error, RuntimeError):
-            sentence = next((MENDABLE[part] for part in MENDABLE if part in str(error)), None)
+        if isinstance(error, (RuntimeError, MemoryError)):
+            sentence = next((MENDABLE[part] for part in MENDABLE if part in repr(error)), None)
         if sentence is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {printable(sentence)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def printable(text: str) -> str:
+    """The same with what moves the cursor or changes colours shown as \\x1b and the like."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _end_workers() -> None:
+    """End the loader's processes, which torch would report as killed once the program ends."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        before = signal.signal(signal.SIGCHLD, lambda *_: None)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, before)
 
 
 # %% options, device, precision
@@ -450,6 +471,7 @@ class Run:
             raise UserError(f"{folder} holds a checkpoint but no config.json; choose another "
                             "--out, or move it away")
         begun = any(folder.glob("checkpoint*.pt"))
+        self.lock = None
         grows = (folder / "checkpoint.pt").is_file() and options["epochs"] > made.get("epochs", 0)
         self.resuming = bool(options["resume"] and old and begun)
         self.finished = bool(old.get("finished")) and not (self.resuming and grows)
@@ -461,6 +483,10 @@ class Run:
             if value != made.get(name, value) and not free:
                 raise UserError(f"{folder} was made with --{name.replace('_', '-')} {made[name]}, "
                                 f"not {value}; resume with the options it had")
+        for file in folder.glob("checkpoint*.pt") if self.resuming else ():
+            if _is_old(file):
+                raise UserError(f"{file} is of an older version and can't be gone on with; "
+                                "choose another --out, or remove that folder")
         if options["resume"] and not (begun or self.finished):
             print(f"{folder} holds no checkpoint: starting at the beginning")
 
@@ -469,10 +495,24 @@ class Run:
         self.config |= facts
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
             write_text(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--out {self.folder} can't be written: {error.strerror}") from None
         self.saved_at = self.logged_at = time.perf_counter()
+
+    def _lock(self) -> None:
+        """Keep other runs out of the folder until this process ends, in whatever way. A lock of
+        this kind is not handed on to the loader's workers, which may outlive a killed run."""
+        if fcntl and not self.lock:
+            self.lock = open(self.folder / ".lock", "w")
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise UserError(f"another run is writing into {self.folder} now; choose another "
+                                "--out, or wait for its end") from None
+            except OSError:  # disks of networks may know no locks
+                pass
 
     def restore(self, parts: list, name: str = "checkpoint") -> list[float]:
         """Bring all `parts` and the random streams back to where the last checkpoint left them;
@@ -482,16 +522,11 @@ class Run:
         for file in files:
             try:
                 state = read_tensors(file)
-                if "history" not in state:
-                    raise UserError(f"{file} is of an older version and can't be gone on with; "
-                                    "choose another --out, or remove that folder")
                 for part, value in zip(parts, state["parts"], strict=True):
                     part.load_state_dict(value)
                 torch.set_rng_state(state["random"][0])
                 for number, value in enumerate(state["random"][1:]):
                     torch.cuda.set_rng_state(value, number)
-            except UserError:
-                raise
             except Exception:  # torch raises many kinds for a damaged file
                 print(f"{file} can't be read; looking for the one before it", file=sys.stderr)
                 continue
@@ -510,6 +545,11 @@ class Run:
             return
         random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         newest, state = self.folder / f"{name}.pt", [part.state_dict() for part in parts]
+        tensors = [x for part, values in zip(parts, state) if isinstance(part, nn.Module)
+                   for x in values.values()]
+        if not all(x.isfinite().all() for x in tensors):
+            raise UserError(f"weights became nan or infinite in epoch {len(history)}; the last "
+                            "checkpoint is intact; try a lower --lr or --precision fp32")
         with aside(self.folder / f"{name}.next") as file:
             torch.save({"history": history, "rows": self.rows, "parts": state,
                         "random": random}, file)
@@ -552,8 +592,8 @@ class Run:
     def finish(self, **facts: Any) -> None:
         """Mark the run as finished; of its checkpoints the last one stays."""
         self.begin(finished=True, **facts)
-        for path in self.folder.glob("checkpoint*-prev.pt"):
-            path.unlink()
+        for path in [*self.folder.glob("checkpoint*-prev.pt"), self.folder / ".lock"]:
+            path.unlink(missing_ok=True)
 
 
 def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str,
@@ -577,6 +617,13 @@ def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str,
                 raise UserError(f"the weights of {name} have not moved in epoch {row['epoch']}: "
                                 "nothing is being trained; look at --lr")
     return log
+
+
+def _is_old(checkpoint: Path) -> bool:
+    try:
+        return "history" not in torch.load(checkpoint, mmap=True, weights_only=True)
+    except Exception:  # damaged: `restore` looks for the one before it
+        return False
 
 
 def _cell(value: Any) -> str:

@@ -165,7 +165,7 @@ class Place:
             folder = self.fresh(f"make-{name}")
             assert ended(start(lambda: main(options.split()), folder)) == 0, self.said(folder)
             (folder / "out").rename(root / name)
-        start_row = {"labels": 1.0, "paper": None}
+        start_row = {"labels": 1.0, "paper": None, "options": {}}
         tables.SIZES["small"] |= {"image_size": 32, "epochs": 2, "tuning": 2, "out_dim": 16}
         tables.TABLES["T0"] = {"title": "Tiny", "data": "any", "rows": [
             {"method": "CASS", "arm": "cnn", **start_row},
