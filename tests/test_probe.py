@@ -39,20 +39,6 @@ def test_the_ridge_equals_scikit_learns(n: int, f: int, place: int, expected: li
     np.testing.assert_allclose(weights[:4, 0], expected, atol=1e-12)
 
 
-def test_the_penalty_is_the_best_for_images_left_out_one_by_one() -> None:
-    x, y = waves(9, 5)
-    errors = []
-    for penalty in (9 * torch.logspace(-4, 4, 33)).tolist():
-        wrong = []
-        for i in range(9):
-            rest, label = (torch.cat([v[:i], v[i + 1:]]) for v in (x, y))
-            a, b = rest - rest.mean(0), label - label.mean(0)
-            w = torch.linalg.solve(a.T @ a + penalty * torch.eye(5), a.T @ b)
-            wrong.append(((x[i] - rest.mean(0)) @ w + label.mean(0) - y[i]).square().mean())
-        errors.append((torch.stack(wrong).mean().item(), penalty))
-    assert probe.fit_ridge(x, y)[1] == min(errors)[1]
-
-
 def features(n: int, rank: int, seed: int = 0) -> tuple[tuple, tuple]:
     """Training and validation: 4 noisy classes in 200 features, on as few directions as `rank`."""
     draw = torch.Generator().manual_seed(seed)
@@ -63,7 +49,7 @@ def features(n: int, rank: int, seed: int = 0) -> tuple[tuple, tuple]:
     return (x[:n], y[:n]), (x[n:], y[n:])
 
 
-@pytest.mark.parametrize("n", [100, 200, 400])
+@pytest.mark.parametrize("n", [100, 200])
 def test_the_linear_probe_falls_as_features_collapse(n: int) -> None:
     """A fixed penalty of 0.01 N scores .68 at 200 images, fewer than at 100, where this has .95."""
     scores = [probe.probe_scores(*features(n, rank), False) for rank in (200, 50, 20, 8)]
@@ -104,9 +90,9 @@ COMMANDS = {"cass": ["--cnn", "test_resnet", "--transformer", "test_vit"],
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_looking_adds_columns_and_changes_no_weight(command: str, tmp_path: Path, capsys) -> None:
-    data = class_folders(tmp_path / "d", cat=20, dog=20)
+    data = class_folders(tmp_path / "d", cat=10, dog=10)
     options = ["--data", str(data), "--init", "random", "--image-size", "32", "--epochs", "3",
-               "--batch-size", "8", "--workers", "0", *COMMANDS[command], "--out"]
+               "--batch-size", "7", "--workers", "0", *COMMANDS[command], "--out"]
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     importlib.import_module(command).main([*options, str(plain)])
     probe.main(["--every", "2", f"{command}.py", *options, str(watched)])

@@ -62,7 +62,7 @@ def test_a_type_is_seen_only_where_its_label_is_set() -> None:
         assert rise[channel] == rise[:2].max() and rise[channel] > 2 * rise[1 - channel] > 0
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_design_is_balanced_enough_to_learn_from(seed: int) -> None:
     groups, labels = sample.sample_design(198, 7, seed)
     counts = np.bincount(groups)

@@ -59,9 +59,9 @@ def test_steps_and_the_wait_for_data_are_timed_after_the_warm_up():
 
 
 def test_the_ratios_are_those_of_the_rows(tmp_path, capsys):
-    folder = class_folders(tmp_path / "d", cat=8, dog=8)
+    folder = class_folders(tmp_path / "d", cat=4, dog=4)
     speed.main(["--data", str(folder), "--cnn", "test_resnet", "--transformer", "test_vit",
-                "--image-size", "32", "--batch-size", "4", "--steps", "1", "--warm-up", "1",
+                "--image-size", "32", "--batch-size", "2", "--steps", "1", "--warm-up", "1",
                 "--rounds", "1", "--out-dim", "16", "--workers", "0", "--precision", "bf16"])
     text, method, found = capsys.readouterr().out, "", {}
     for line in text.splitlines():
