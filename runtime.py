@@ -137,6 +137,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size:
         help="auto: bf16 where the processor multiplies in it, else fp16 on a GPU, fp32 on a CPU")
     add("--checkpointing", action="store_true", help="keep fewer activations and compute them "
         "again in the backward pass: less memory, about a third slower, the same steps")
+    add("--deterministic", action="store_true", help="on a GPU take only operations that repeat "
+        "themselves to the bit, as those of a CPU do; slower")
     add("--workers", type=int, help="loader processes; any number gives the same bits (1 beside a "
         "CPU, where more would fight with training, and up to 8 beside a GPU)")
     add("--cache", type=user_path, metavar="DIR", help="keep resized images there, in one file "
@@ -179,12 +181,16 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} can't be used on this machine; try --device cpu "
                         f"({str(error).splitlines()[0]})") from None
-    torch.backends.cudnn.benchmark = name.startswith("cuda")  # every batch has the same size
+    repeat = torch.are_deterministic_algorithms_enabled()  # the fastest may change from run to run
+    torch.backends.cudnn.benchmark = name.startswith("cuda") and not repeat
     return torch.device(name)
 
 
 def pick_hardware(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """The device and precision that the options ask for; also sets `args.workers`."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it
+        torch.use_deterministic_algorithms(True)
     device = pick_device(args.device)
     args.workers = pick_workers(args.workers, device)
     return device, pick_precision(args.precision, device)

@@ -1,5 +1,6 @@
 """Tests import the modules from the folder above, wherever pytest was started."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # tiny models: threads that wait for each other cost more than they bring
+if torch.cuda.is_available():  # there too what is said to be equal is equal to the bit
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
 
 
 @pytest.fixture(scope="session")
