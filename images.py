@@ -106,7 +106,8 @@ def _decode(file) -> tuple[Image.Image, np.ndarray | None, bool]:
     multiplied = 1 in extra  # the colours by their alpha
     require(tags.get(PLANES) != 2 or bits == 8 and not multiplied,
             "its planes of 16 bits or with alpha are misread here")
-    require("LA;16" not in str(image.tile), "its grey of 16 bits with alpha is misread here")
+    require("LA;16" not in str(image.tile) and not (deep and "transparency" in image.info),
+            "its transparency of 16 bits is misread here")
     image, values = _load(image), None
     if tags.get(PHOTOMETRIC) == 3 and max(tags[COLOURS]) < 256:  # a palette of 8 bits, not 16
         image.putpalette(bytes(tags[COLOURS]), "RGB;L")

@@ -67,12 +67,16 @@ def tiff(file: Path, pixels: np.ndarray, tags: dict[int, list[int]] | None = Non
     file.write_bytes(head + body + count + entries + b"\0" * 4 + long)
 
 
-def png(file: Path, pixels: np.ndarray) -> None:
-    """A PNG of `(H, W, C)` values of 16 bits: grey and alpha, RGB, or RGB and alpha."""
+def png(file: Path, pixels: np.ndarray, key: int | None = None) -> None:
+    """A PNG of `(H, W, C)` values of 16 bits: grey, grey and alpha, RGB, or RGB and alpha. Of the
+    colours without alpha, `key` in every channel is transparent."""
     height, width, channels = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    if key is not None:
+        chunks.insert(1, (b"tRNS", struct.pack(">H", key) * channels))
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks))

@@ -85,9 +85,13 @@ def test_tiffs_are_read_as_their_tags_mean_them(tmp_path: Path, name: str) -> No
 def test_pngs_of_16_bits(tmp_path: Path, alpha: int | None) -> None:
     png(tmp_path / "x.png", DEEP_COLOUR if alpha is None else with_alpha(DEEP_COLOUR, alpha))
     assert np.array_equal(pixels(tmp_path / "x.png", TWELVE), COLOUR)
-    png(tmp_path / "grey.png", with_alpha(DEEP, alpha or 9))
-    with pytest.raises(DataError, match="grey of 16 bits with alpha.*save it as"):
-        load_image(tmp_path / "grey.png")
+    png(tmp_path / "grey.png", DEEP[..., None])
+    assert np.array_equal(pixels(tmp_path / "grey.png", TWELVE)[..., 0], RAMP)
+    for values, key in ((with_alpha(DEEP, alpha or 9), None), (DEEP[..., None], 65_535),
+                        (DEEP_COLOUR, 16)):
+        png(tmp_path / "odd.png", values, key)
+        with pytest.raises(DataError, match="transparency of 16 bits.*save it as"):
+            load_image(tmp_path / "odd.png")
 
 
 @pytest.mark.parametrize("values, tags, words", [
