@@ -14,6 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import cass
+import dino
+import finetune
 from data import read_images, split_images, write_split
 from runtime import Run, build_model
 
@@ -93,6 +96,21 @@ def make_run(folder: Path, data: Path, **networks: str) -> Path:
     return folder
 
 
+COMMANDS = {"cass": (cass.main, "--cnn test_resnet --transformer test_vit"),
+            "dino": (dino.main, "--arch test_vit --out-dim 16"), "finetune": (finetune.main, "")}
+SMALL = "--init random --image-size 32 --batch-size 4 --workers 0 --precision fp32 --epochs 1"
+
+
+def command(name: str, data: Path, out: Path, *more: object) -> None:
+    """`cass.py`, `dino.py` or `finetune.py` on small networks. A text in `more` may be several
+    options; what comes later counts."""
+    main, own = COMMANDS[name]
+    words = ["--data", str(data), "--out", str(out), *own.split(), *SMALL.split()]
+    for options in more:
+        words += options.split() if isinstance(options, str) else [str(options)]
+    main(words)
+
+
 def sentence(capsys: pytest.CaptureFixture, call: Callable[[], object]) -> str:
     """The one line that `call` leaves on stderr when it ends with exit code 2."""
     capsys.readouterr()
@@ -145,6 +163,10 @@ class TinyNet(nn.Module):
 
 def state(network: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(network.state_dict())
+
+
+def weights_in(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, weights_only=True)["state_dict"]
 
 
 def half_cosine(step: int, steps: int, start: float, end: float = 1e-6) -> float:

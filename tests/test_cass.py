@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import TinyNet, equal, half_cosine, log_rows, sentence, state
+from helpers import TinyNet, command, equal, half_cosine, log_rows, sentence, state, weights_in
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-import cass
-import images as image_files
 from cass import cass_loss, contrast_loss, pretrain_cass
 from data import ImageRows, augmentation, make_loader, read_images, split_images
 from runtime import build_model
@@ -173,14 +171,8 @@ def test_average_is_the_mean_of_weights_at_low_points() -> None:
 ARMS = "cnn", "transformer"
 
 
-def command(images: Path, out: Path, *more: str) -> None:
-    tiny = ("--cnn test_resnet --transformer test_vit --image-size 32 --batch-size 4 --workers 0 "
-            "--precision fp32 --init random --epochs 1")
-    cass.main(["--data", str(images), "--out", str(out), *tiny.split(), *more])
-
-
 def networks(out: Path) -> list[dict]:
-    return [torch.load(out / f"{arm}.pt", weights_only=True)["state_dict"] for arm in ARMS]
+    return [weights_in(out / f"{arm}.pt") for arm in ARMS]
 
 
 def by_functions(folder: Path, seed: int = 0, augment: str = "cass", **options) -> list[dict]:
@@ -193,16 +185,13 @@ def by_functions(folder: Path, seed: int = 0, augment: str = "cass", **options) 
     return states(pretrain_cass(*arms, loader, **{"epochs": 1} | options))
 
 
-def test_run_leaves_its_files_and_prints_what_loads_them(pets: Path, tmp_path: Path, monkeypatch,
+def test_run_leaves_its_files_and_prints_what_loads_them(pets: Path, tmp_path: Path, opened: list,
                                                          capsys) -> None:
-    opened, load = set(), image_files.load_image
-    monkeypatch.setattr(image_files, "load_image", lambda file, window=None: (
-        opened.add(file), load(file, window))[1])
-    command(pets, tmp_path, "--epochs", "6")  # 18 steps, averaged once
+    command("cass", pets, tmp_path, "--epochs 6")  # 18 steps, averaged once
     out, rows = capsys.readouterr().out, log_rows(tmp_path)
     split = [line.split(",") for line in (tmp_path / "split.csv").read_text().splitlines()[1:]]
     trained_on = {pets / line[0] for line in split if line[1] == "train"}
-    assert opened == trained_on and len(split) == 20 and len(trained_on) == 14
+    assert set(opened) == trained_on and len(split) == 20 and len(trained_on) == 14
     assert {file.name for file in tmp_path.iterdir()} == {
         "config.json", "split.csv", "log.jsonl", "cnn.pt", "transformer.pt", "checkpoint.pt"}
     config = json.loads((tmp_path / "config.json").read_text())
@@ -216,9 +205,7 @@ def test_run_leaves_its_files_and_prints_what_loads_them(pets: Path, tmp_path: P
     assert equal(networks(tmp_path), by_functions(pets, epochs=6))
     lines = re.findall(r"timm\.create_model\(.*\)", out)
     for line, saved, fixed in zip(lines, networks(tmp_path), (False, True), strict=True):
-        model = eval(line, {"timm": timm})
-        assert equal(state(model), saved) and ("img_size=32" in line) == fixed
-        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 1000)
+        assert equal(state(eval(line)), saved) and ("img_size=32" in line) == fixed
     table = re.findall(r"^ +\d+ .*$", out, re.M)
     assert len(table) == 7 and max(map(len, table)) <= 100 and "too short to average" not in out
 
@@ -232,7 +219,7 @@ def test_run_leaves_its_files_and_prints_what_loads_them(pets: Path, tmp_path: P
     ("--outputs softmax", {"loss": lambda r, t: cass_loss(r.softmax(1), t.softmax(1))})])
 def test_options_do_what_the_functions_do(more: str, options: dict, pets: Path, tmp_path: Path,
                                           capsys) -> None:
-    command(pets, tmp_path, *more.split())
+    command("cass", pets, tmp_path, more)
     assert "too short to average weights" in capsys.readouterr().out
     assert equal(networks(tmp_path), by_functions(pets, **options))
 
@@ -243,7 +230,7 @@ def test_arms_without_equally_many_outputs_get_new_heads(
     for name, outputs in (("test_resnet", cnn), ("test_vit", vit)):
         model = build_model(name, "random", 32, outputs=outputs)
         torch.save(model.state_dict(), tmp_path / f"{name}.pt")
-    command(pets, tmp_path / "out", "--init", str(tmp_path), "--batch-size", "14")
+    command("cass", pets, tmp_path / "out", f"--init {tmp_path} --batch-size 14")
     assert [len(saved.popitem()[1]) for saved in networks(tmp_path / "out")] == [kept, kept]
 
 
@@ -251,15 +238,15 @@ def test_collapse_is_said_once(pets: Path, tmp_path: Path, capsys: pytest.Captur
     model = timm.create_model("test_vit", img_size=32)
     nn.init.normal_(model.head.bias, std=1000)  # far above what differs between images
     torch.save(model.state_dict(), tmp_path / "test_vit.pt")
-    command(pets, tmp_path / "out", "--init", f"random,{tmp_path}", "--epochs", "2")
+    command("cass", pets, tmp_path / "out", f"--init random,{tmp_path} --epochs 2")
     said = capsys.readouterr().out
     assert said.count("warning: transformer gives almost the same output for every image") == 1
     assert "--loss contrast" in said and "warning: cnn" not in said
 
 
 def test_weights_that_do_not_move_end_the_command(pets: Path, tmp_path: Path, capsys) -> None:
-    still = ["--lr", "1e-30", "--batch-size", "14"]  # one step, at that rate
-    said = sentence(capsys, lambda: command(pets, tmp_path, *still))
+    still = "--lr 1e-30 --batch-size 14"  # one step, at that rate
+    said = sentence(capsys, lambda: command("cass", pets, tmp_path, still))
     assert "weights of cnn have not moved in epoch 1" in said and "--lr" in said
     assert not (tmp_path / "cnn.pt").exists()
 
