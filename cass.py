@@ -234,7 +234,7 @@ def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
         print("too short to average weights: the networks are saved as the last step left them")
     print("timm loads the networks with")
     for name, network in zip(arms, networks):
-        print("  " + run.save_network(f"{name}.pt", network, vars(args)[name]))
+        print("  " + run.save_network(f"{name}.pt", network))
     run.finish()
 
 

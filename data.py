@@ -390,11 +390,14 @@ def _numbers(fine: Callable, what: str, *words: str) -> Callable[[str], str | tu
     return read
 
 
-def open_images(args: argparse.Namespace) -> ImageSet:
-    """Read and split the data set named by the options of `add_data_options`."""
+def open_images(args: argparse.Namespace, before: Path | None = None) -> ImageSet:
+    """Read and split the data set named by the options of `add_data_options`; without another
+    --split-file, in the parts it had in the split.csv `before`."""
     images = read_images(args.data)
     if args.split_file:
         images = read_split(args.split_file, images)
+    elif before:
+        images = read_split(before, images, grow=True)
     if args.skip_bad:
         images = good_rows(images)
     images = split_images(images, seed=args.split_seed, ratios=args.ratios)

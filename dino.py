@@ -324,7 +324,7 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
         student, loader, epochs=args.epochs, lr=args.lr, precision=precision, log=log,
         save=run.save, restore=run.restore, **RECIPES[args.recipe],
         gauges=lambda facts: output_gauges(facts) | gauges(facts))
-    print("timm loads the teacher with\n  " + run.save_network("backbone.pt", teacher, args.arch))
+    print("timm loads the teacher with\n  " + run.save_network("backbone.pt", teacher))
     run.finish()
 
 

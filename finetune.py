@@ -178,8 +178,8 @@ def tune_options() -> argparse.ArgumentParser:
     add("--arch", action="append", help="timm name for training from --init; may be given twice")
     add("--protocol", choices=("full", "linear"), default="full", help="train all weights (paper) "
         "or only a classifier on the frozen network (its first version)")
-    add("--labels", type=positive(float), default=1.0, help="share of the training labels to use "
-        "(paper: 0.01, 0.1, 1); smaller shares lie inside larger ones (%(default)s)")
+    add("--labels", type=positive(float, 1), default=1.0, help="share of the training labels to "
+        "use (paper: 0.01, 0.1, 1); smaller shares lie inside larger ones (%(default)s)")
     add("--seeds", type=positive(int), default=1, help="repeat with so many seeds, from --seed on, "
         "for mean and standard deviation (paper: 5)")
     add("--class-weights", choices=("paper", "inverse", "none"), default="paper", help="paper: "
@@ -191,74 +191,66 @@ def tune_options() -> argparse.ArgumentParser:
     return parser
 
 
-def find_networks(args: argparse.Namespace) -> dict[str, tuple[str, Path | None]]:
-    """The networks to train: name -> (timm name, file of weights or None)."""
-    from runtime import UserError, network_files, read_network
+def find_starts(args: argparse.Namespace) -> dict[str, Path | str]:
+    """What to train: name -> a file of weights or, to start from --init, a timm name."""
+    from runtime import UserError, network_files
 
     if bool(args.weights) == bool(args.arch):
         raise UserError("name either --weights, a run folder or a file of it, or --arch, a timm "
                         "model to train from --init" + ", not both" * bool(args.arch))
     if args.weights:
-        return {file.stem: (read_network(file)["arch"], file)
-                for file in network_files(args.weights)}
-    networks = {name.split(".")[0]: (name, None) for name in args.arch}
-    if len(networks) < len(args.arch):
+        return {file.stem: file for file in network_files(args.weights)}
+    starts = {name.split(".")[0]: name for name in args.arch}
+    if len(starts) < len(args.arch):
         raise UserError("two --arch are equal up to the dot and would share a file; run them one "
                         "by one")
-    return networks
+    return starts
 
 
-def new_network(args: argparse.Namespace, arch: str, file: Path | None, classes: int,
-                seed: int) -> nn.Module:
-    """A network with a new head of `classes` outputs, from a file or from --init."""
+def new_network(args: argparse.Namespace, start: Path | str, classes: int, seed: int) -> nn.Module:
+    """A network with a new head of `classes` outputs."""
     from runtime import build_model, keep_less, load_network
 
-    if file is None:
-        network = build_model(arch, args.init, args.image_size, outputs=classes, seed=seed)
+    if isinstance(start, Path):
+        network = load_network(start, args.image_size, outputs=classes, seed=seed)
     else:
-        network = load_network(file, args.image_size, outputs=classes, seed=seed)
+        network = build_model(start, args.init, args.image_size, outputs=classes, seed=seed)
     if args.checkpointing:
         keep_less(network)
     return network
 
 
-def tuned_images(args: argparse.Namespace, file: Path | None) -> Any:
+def tuned_images(args: argparse.Namespace, file: Path | None, window: Any) -> Any:
     """The data set, with the split that pretraining had, and only if it can be fine-tuned on.
-    `file` holds pretrained weights."""
-    from data import good_rows, read_images, read_split, split_images, with_window
-    from runtime import UserError, read_network
+    `file` holds pretrained weights, which had this `window`."""
+    from data import PARTS, open_images, read_split
+    from runtime import UserError
 
     if args.data is None:
         raise UserError("--data names the folder of labelled images (--predict one to classify)")
     if args.batch_size < 2:
         raise UserError("--batch-size 1 is too small for batch norm; take 2 or more")
-    if args.labels > 1:
-        raise UserError(f"--labels {args.labels:g} is no share: 1 stands for all of them")
-    images, split = read_images(args.data), file and file.parent / "split.csv"
-    pretrained = read_split(split, images, grow=True) if split and split.is_file() else None
-    if args.split_file:
-        images = read_split(args.split_file, images)
-    elif pretrained:
-        images = pretrained
-    elif split:
+    split = file.parent / "split.csv" if file else None
+    if file and not split.is_file():
         print(f"note: {split} is not there; make sure that these weights were not pretrained on "
               "what is now the test part")
-    images = split_images(good_rows(images) if args.skip_bad else images, seed=args.split_seed,
-                          ratios=args.ratios)
-    seen = {row.path for row in pretrained.part("train")} if pretrained else set()
-    if seen & {row.path for row in images.part("test")}:
+        split = None
+    images = open_images(args, split)
+    if window and args.window == "auto":
+        images = replace(images, window=window)
+    seen = read_split(split, images, grow=True).part("train") if split else []
+    if {row.path for row in seen} & {row.path for row in images.part("test")}:
         todo = "take another --split-file" if args.split_file else f"label test images of {split}"
         raise UserError("there are test images that these weights were pretrained on; " + todo)
     if len(images.classes) < 2 and not images.multi_label:
         raise UserError(f"{args.data} has {len(images.classes) or 'no'} class; fine-tuning needs "
                         "class folders or a labels.csv, with two classes or more")
-    for part in ("train", "val", "test"):
+    for part in PARTS:
         if not images.labelled(images.part(part)):
             raise UserError(f"the {part} part of {args.data} has no labelled images; fine-tuning "
                             "needs them in all three parts (see --ratios; images without labels "
                             "are for --predict)")
-    saved = read_network(file)["window"] if file else None
-    return with_window(images, saved if saved and args.window == "auto" else args.window)
+    return images
 
 
 def run_tuning(args: argparse.Namespace) -> None:
@@ -267,10 +259,11 @@ def run_tuning(args: argparse.Namespace) -> None:
     from runtime import Run, UserError, pick_hardware, read_network
 
     device, precision = pick_hardware(args)
-    networks = find_networks(args)
-    file = next(iter(networks.values()))[1]
-    images = tuned_images(args, file)
-    args.image_size = args.image_size or (read_network(file)["image_size"] if file else 384)
+    starts = find_starts(args)
+    file = next(iter(starts.values())) if args.weights else None
+    saved = read_network(file) if file else {"image_size": 384, "window": None}
+    images = tuned_images(args, file, saved["window"])
+    args.image_size = args.image_size or saved["image_size"]
     source = f"supervised-{args.data.resolve().name}"
     if file:
         source = file.resolve().parent.name + f"-{file.stem}" * args.weights.is_file()
@@ -281,26 +274,35 @@ def run_tuning(args: argparse.Namespace) -> None:
     run = Run(out, vars(args), ("seed", "arm", "epoch", "loss", "validation_loss", "rate"))
     if run.finished:
         return print(f"{out} is finished; there is nothing to resume")
-    notes = [new_network(args, *network, len(images.classes), args.seed).origin
-             for network in networks.values()]
+    arms = {name: new_network(args, start, len(images.classes), args.seed)
+            for name, start in starts.items()}
     cache = args.cache and ImageCache(images, args.image_size, args.cache, args.workers)
-    begin_run(run, images, [*notes, f"{device}, {precision}"], image_size=args.image_size,
-              arms={name: arch for name, (arch, _) in networks.items()}, precision=str(precision))
-    seeds = {}
+    begin_run(run, images, [*(arm.origin for arm in arms.values()), f"{device}, {precision}"],
+              image_size=args.image_size, arms={name: arm.arch for name, arm in arms.items()},
+              precision=str(precision))
+    seeds, lines, highest = [], [], -1.0
     for seed in range(args.seed, args.seed + args.seeds):
-        seeds[seed] = {}
-        for name, (arch, weights) in networks.items():
-            network = new_network(args, arch, weights, len(images.classes), seed).to(device)
-            trained = tune_once(args, run, name, network, images, cache, seed, precision)
-            trained["load"] = run.save_network(f"{name}-seed{seed}.pt", network, arch)
-            seeds[seed][name] = trained
-    report(run, seeds, images)
+        facts, val, test = {}, {}, {}
+        for name, start in starts.items():
+            arms[name] = new_network(args, start, len(images.classes), seed).to(device)
+            facts[name], val[name], test[name] = tune_once(
+                args, run, name, arms[name], images, cache, seed, precision)
+        val, test = with_ensemble(val), with_ensemble(test)
+        seeds.append({"seed": seed, **score_seed(facts, val, test, images)})
+        chosen = seeds[-1]["chosen"]
+        lines += prediction_lines(test, chosen, images, images.part("test"), {"seed": seed})
+        reached = seeds[-1]["arms"][chosen]["validation"]
+        if reached > highest:  # the weights of the seed that validation likes best are kept
+            highest, best = reached, seeds[-1]
+            loads = [run.save_network(f"{name}.pt", arm) for name, arm in arms.items()]
+    write_lines(run.folder / "predictions.csv", lines)
+    report(run, seeds, best, loads, images)
 
 
 def tune_once(args: argparse.Namespace, run: Any, name: str, network: nn.Module, images: Any,
-              cache: Any, seed: int, precision: torch.dtype) -> dict[str, Any]:
-    """Train one network with one seed: "facts" on how it ended, and its probabilities `(N, K)` for
-    the labelled "val" and for all "test" images; the test part is looked at here and only here."""
+              cache: Any, seed: int, precision: torch.dtype) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Train one network with one seed: facts on how it ended, and its probabilities `(N, K)` for
+    the labelled validation and for all test images, which are looked at here and only here."""
     from data import ImageRows, augmentation, label_fraction, make_loader
 
     def loader(rows: list, augment: str = "none") -> Iterable:
@@ -324,9 +326,9 @@ def tune_once(args: argparse.Namespace, run: Any, name: str, network: nn.Module,
         log=lambda row: run.log({"seed": seed, "arm": name, **row}),
         save=lambda parts, history: run.save(parts, history, checkpoint),
         restore=lambda parts: run.restore(parts, checkpoint))
-    return {"facts": {"images": len(rows), **facts},
-            "val": evaluate(network, validation, precision=precision)[1],
-            "test": evaluate(network, loader(images.part("test")), precision=precision)[1]}
+    val, test = (evaluate(network, batches, precision=precision)[1]
+                 for batches in (validation, loader(images.part("test"))))
+    return {"images": len(rows), **facts}, val, test
 
 
 # %% the command: scores
@@ -337,7 +339,7 @@ def with_ensemble(arms: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arms | {"ensemble": sum(arms.values()) / len(arms)} if len(arms) > 1 else arms
 
 
-def score_seed(trained: dict[str, dict], images: Any) -> dict:
+def score_seed(facts: dict, val: dict, test: dict, images: Any) -> dict:
     """Scores of one seed's networks and their ensemble; which of them was `chosen`, by its score on
     the validation part, and which is the `oracle` that no one has: the best on the test part."""
     from metrics import bootstrap_interval, score
@@ -345,14 +347,13 @@ def score_seed(trained: dict[str, dict], images: Any) -> dict:
     kind, rows = (images.classes, images.multi_label), images.part("test")
     val_truth = images.truth(images.labelled(images.part("val")))
     known, test_truth = images.known(rows), images.truth(images.labelled(rows))
-    val = with_ensemble({name: one["val"] for name, one in trained.items()})
-    test = with_ensemble({name: one["test"][known] for name, one in trained.items()})
     arms = {}
     for name in test:
-        facts = trained[name]["facts"] if name in trained else {}
-        arms[name] = {**facts, "validation": score(val_truth, val[name], *kind)["headline"],
-                      "interval": bootstrap_interval(test_truth, test[name], images.multi_label),
-                      "test": score(test_truth, test[name], *kind)}
+        tested = test[name][known]
+        arms[name] = {**facts.get(name, {}),
+                      "validation": score(val_truth, val[name], *kind)["headline"],
+                      "interval": bootstrap_interval(test_truth, tested, images.multi_label),
+                      "test": score(test_truth, tested, *kind)}
     return {"arms": arms, "chosen": max(arms, key=lambda name: arms[name]["validation"]),
             "oracle": max(arms, key=lambda name: arms[name]["test"]["headline"])}
 
@@ -361,8 +362,8 @@ def summary(tests: list[dict]) -> dict[str, tuple]:
     """(mean, standard deviation, n) over seeds of the main scores; of those that are defined."""
     from metrics import mean_and_spread
 
-    rule = "threshold_0.5" if tests[0]["multi_label"] else "argmax"
-    exact = "subset_accuracy" if tests[0]["multi_label"] else "accuracy"
+    several = tests[0]["multi_label"]
+    rule, exact = ("threshold_0.5", "subset_accuracy") if several else ("argmax", "accuracy")
     found = {"macro F1": [test[rule]["f1_macro"] for test in tests],
              "pooled F1": [test["threshold_0.5"]["f1_pooled"] for test in tests],
              "accuracy": [test[rule][exact] for test in tests],
@@ -370,63 +371,51 @@ def summary(tests: list[dict]) -> dict[str, tuple]:
     return {name: mean_and_spread(values) for name, values in found.items() if None not in values}
 
 
-def score_table(rows: dict[str, dict[str, tuple]]) -> Iterable[str]:
-    """Lines for the screen from a `summary` for each row."""
+def print_scores(rows: dict[str, dict[str, tuple]]) -> None:
+    """Show a `summary` for each row."""
     titles = list(next(iter(rows.values())))
-    yield f"{'':27}" + "".join(f"{title:>16}" for title in titles)
+    print(f"{'':27}" + "".join(f"{title:>16}" for title in titles))
     for name, scores in rows.items():
         line = f"{name[:26]:27}"
         for title in titles:
             mean, spread, _ = scores.get(title, (math.nan, None, 0))
             cell = f"{mean:.3f}" if spread is None else f"{mean:.3f} +-{spread:.3f}"
             line += f"{cell:>16}"
-        yield line
+        print(line)
 
 
-def report(run: Any, trained: dict[int, dict[str, dict]], images: Any) -> None:
-    """Write result.json and predictions.csv, keep the weights of the seed that validation likes
-    best, and show the table. `trained` is `tune_once`'s dict by seed and network."""
+def report(run: Any, seeds: list[dict], best: dict, loads: list[str], images: Any) -> None:
+    """Write result.json and show its scores. `seeds` are `score_seed`'s, `best` is the one whose
+    networks were kept, which `loads` load."""
     from metrics import score
     from runtime import write_text
 
-    rows = images.part("test")
-    truth = images.truth(images.labelled(rows))
-    share = images.truth(images.labelled(images.part("train"))).mean(0)
-    guess = score(truth, np.tile(share, (len(truth), 1)), images.classes,
+    truth, share = (images.truth(images.labelled(images.part(part))) for part in ("test", "train"))
+    guess = score(truth, np.tile(share.mean(0), (len(truth), 1)), images.classes,
                   images.multi_label)  # what the same answer for every image would reach
-    seeds, lines = {}, []
-    for seed, networks in trained.items():
-        seeds[seed] = score_seed(networks, images)
-        arms = {name: one["test"] for name, one in networks.items()}
-        lines += prediction_lines(arms, seeds[seed]["chosen"], images, rows, {"seed": seed})
-    best = max(seeds, key=lambda seed: seeds[seed]["arms"][seeds[seed]["chosen"]]["validation"])
-    means = {name: summary([one["arms"][one.get(name, name)]["test"] for one in seeds.values()])
-             for name in (*seeds[best]["arms"], "chosen", "oracle")}
+    tests = {name: [one["arms"][name]["test"] for one in seeds] for name in best["arms"]}
+    for name in ("chosen", "oracle"):
+        tests[name] = [one["arms"][one[name]]["test"] for one in seeds]
+    means = {name: summary(found) for name, found in tests.items()}
     config = {key: value for key, value in run.config.items() if key != "finished"}
-    result = {"headline": guess["headline_name"], "kept_seed": best,
-              "chosen": seeds[best]["chosen"], "mean_sd_n": means, "guess": guess,
-              "seeds": [{"seed": seed, **one} for seed, one in seeds.items()], "run": config}
+    result = {"headline": guess["headline_name"], "kept_seed": best["seed"],
+              "chosen": best["chosen"], "mean_sd_n": means, "guess": guess, "seeds": seeds,
+              "run": config}
     write_text(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
-    write_lines(run.folder / "predictions.csv", lines)
-    for name in trained[best]:
-        (run.folder / f"{name}-seed{best}.pt").replace(run.folder / f"{name}.pt")
-    for file in set(run.folder.glob("*-seed*.pt")) - set(run.folder.glob("checkpoint*")):
-        file.unlink()  # the other seeds'; a run killed here makes them anew from the checkpoints
-    run.finish(chosen=seeds[best]["chosen"])
+    run.finish(chosen=best["chosen"])
     for file in run.folder.glob("checkpoint*"):
         file.unlink()
     print(f"\ntest scores on {len(truth)} images, {len(seeds)} seed(s); chosen: by validation "
           "images, oracle: in hindsight")
-    print(*score_table(means | {"always the same answer": summary([guess])}), sep="\n")
-    for seed, one in seeds.items():
+    print_scores(means | {"always the same answer": summary([guess])})
+    for one in seeds:
         arm = one["arms"][one["chosen"]]
-        print(f"seed {seed}: {one['chosen']} is chosen, {guess['headline_name']} "
+        print(f"seed {one['seed']}: {one['chosen']} is chosen, {guess['headline_name']} "
               f"{arm['test']['headline']:.3f}, {arm['interval'][0]:.3f} to "
               f"{arm['interval'][1]:.3f} for other test images (95 %)")
-    print(f"\n{run.folder} holds result.json, predictions.csv and the weights of seed {best}; timm "
-          "loads them with")
-    for one in trained[best].values():
-        print("  " + one["load"].replace(f"-seed{best}.pt", ".pt"))
+    print(f"\n{run.folder} holds result.json, predictions.csv and the weights of seed "
+          f"{best['seed']}; timm loads them with")
+    print("  " + "\n  ".join(loads))
     print("for new images:\n  python finetune.py --predict FOLDER --weights "
           + shlex.quote(str(run.folder)))
 
@@ -435,23 +424,25 @@ def report(run: Any, trained: dict[int, dict[str, dict]], images: Any) -> None:
 
 
 def prediction_lines(arms: dict[str, np.ndarray], chosen: str, images: Any, rows: list,
-                     first: dict) -> Iterable[dict]:
-    """A dict for each image from each network's probabilities `(N, K)`: the classes by the `chosen`
-    one, joined by |, whether the networks disagree, and every answer and probability."""
+                     first: dict) -> list[dict]:
+    """A dict for each image from the probabilities `(N, K)` of networks and ensemble: the classes
+    by the `chosen` one, joined by |, whether they disagree, and every answer and probability."""
     from metrics import decide
 
-    arms, rule = with_ensemble(arms), "threshold" if images.multi_label else "argmax"
+    rule, lines = "threshold" if images.multi_label else "argmax", []
     decided = {name: decide(probabilities, rule) for name, probabilities in arms.items()}
     for i, row in enumerate(rows):
-        answers, cells = {}, {}
-        for name, probabilities in arms.items():
-            said = [label for k, label in enumerate(images.classes) if decided[name][i, k]]
-            answers[name] = "|".join(said)
-            for label, value in zip(images.classes, probabilities[i]):
-                cells[f"{name}: {label}"] = f"{value:.6f}"
-        yield {**first, "image": row.path, "truth": "|".join(row.labels), "class": answers[chosen],
-               "arms disagree": "yes" if len(set(answers.values())) > 1 else "no",
-               **{f"{name}: class": answer for name, answer in answers.items()}, **cells}
+        answers, numbers = {}, {}
+        for name in arms:
+            said = [label for label, yes in zip(images.classes, decided[name][i]) if yes]
+            answers[f"{name}: class"] = "|".join(said)
+            for label, value in zip(images.classes, arms[name][i]):
+                numbers[f"{name}: {label}"] = f"{value:.6f}"
+        lines.append({**first, "image": row.path, "truth": "|".join(row.labels),
+                      "class": answers[f"{chosen}: class"],
+                      "arms disagree": "yes" if len(set(answers.values())) > 1 else "no",
+                      **answers, **numbers})
+    return lines
 
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # no number of ours begins so
@@ -462,28 +453,10 @@ def write_lines(file: Path, lines: list[dict]) -> None:
     run as a formula gets a ' in front."""
     from runtime import aside
 
-    lines = [{key: f"'{cell}" if str(cell).startswith(FORMULA) else cell
-              for key, cell in line.items()} for line in lines]
     with aside(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
-        table = csv.DictWriter(handle, list(lines[0]))
-        table.writeheader()
-        table.writerows(lines)
-
-
-def predicted_images(path: Path, saved: dict, skip_bad: bool) -> tuple[Any, list[int]]:
-    """One image, or all below a folder, and which of them have labels to be scored by: those of a
-    data set whose classes the network knows. `saved` is what a file of weights holds."""
-    from data import DataError, find_images, good_rows, read_images
-
-    try:
-        images = read_images(path)
-        fits = set(images.classes) <= set(saved["classes"])
-    except DataError:  # one file, or no form of a data set, but images all the same
-        fits = False
-    images = images if fits else find_images(path)
-    images = good_rows(images) if skip_bad else images
-    return (replace(images, classes=saved["classes"], multi_label=saved["multi_label"],
-                    window=saved["window"]), images.known(images.rows))
+        table = csv.writer(handle)
+        for cells in (lines[0].keys(), *(line.values() for line in lines)):
+            table.writerow(["'" * str(cell).startswith(FORMULA) + str(cell) for cell in cells])
 
 
 def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
@@ -511,6 +484,23 @@ def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
     return files, first, chosen
 
 
+def predicted_images(path: Path, saved: dict, skip_bad: bool) -> tuple[Any, list[int]]:
+    """One image, or all below a folder, and which of them have labels to be scored by: those of a
+    data set whose classes the network knows. `saved` is what a file of weights holds."""
+    from data import DataError, find_images, good_rows, read_images
+
+    try:
+        images = read_images(path)
+    except DataError:  # one file, or no form of a data set, but images all the same
+        images = find_images(path)
+    if not set(images.classes) <= set(saved["classes"]):
+        images = find_images(path)
+    if skip_bad:
+        images = good_rows(images)
+    facts = {key: saved[key] for key in ("classes", "multi_label", "window")}
+    return replace(images, **facts), images.known(images.rows)
+
+
 def run_prediction(args: argparse.Namespace) -> None:
     """Classify a folder of images, and score the answers where it is labelled."""
     from data import ImageRows, augmentation, make_loader
@@ -524,7 +514,6 @@ def run_prediction(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is a file; name a folder")
     if out.exists():
         raise UserError(f"{out} is there already; name another folder with --out, or move it away")
-    networks = {name: load_network(file, size).to(device) for name, file in files.items()}
     images, known = predicted_images(args.predict, saved, args.skip_bad)
     for note in images.notes:
         print(f"note: {note}")
@@ -532,17 +521,20 @@ def run_prediction(args: argparse.Namespace) -> None:
           + ", which did best on validation images" * (len(files) > 1))
     dataset = ImageRows(images, images.rows, augmentation(size, "none"), labelled=True)
     loader = make_loader(dataset, args.batch_size, shuffle=False, workers=args.workers)
-    arms = {name: evaluate(network, loader, precision=precision)[1]
-            for name, network in networks.items()}
+    arms = {}
+    for name, file in files.items():
+        network = load_network(file, size).to(device)
+        arms[name] = evaluate(network, loader, precision=precision)[1]
+    arms = with_ensemble(arms)
     out.parent.mkdir(parents=True, exist_ok=True)
     if known:
-        truth, scores = images.truth([images.rows[i] for i in known]), {}
-        for name, probabilities in with_ensemble(arms).items():
-            scores[name] = score(truth, probabilities[known], images.classes, images.multi_label)
+        truth = images.truth([images.rows[i] for i in known])
+        scores = {name: score(truth, values[known], images.classes, images.multi_label)
+                  for name, values in arms.items()}
         write_text(out.with_name("result.json"), json.dumps(scores, indent=1) + "\n")
         print(f"scores on {len(known)} labelled images, in result.json too")
-        print(*score_table({name: summary([one]) for name, one in scores.items()}), sep="\n")
-    write_lines(out, list(prediction_lines(arms, chosen, images, images.rows, {})))
+        print_scores({name: summary([one]) for name, one in scores.items()})
+    write_lines(out, prediction_lines(arms, chosen, images, images.rows, {}))
     print(f"wrote {len(images.rows)} predictions to {out}")
 
 

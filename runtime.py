@@ -160,12 +160,12 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
-def positive(kind: type) -> Callable[[str], Any]:
-    """An argparse type: a number of `kind` above zero."""
+def positive(kind: type, most: float = sys.float_info.max) -> Callable[[str], Any]:
+    """An argparse type: a number of `kind` above zero, and not above `most`."""
     def parse(text: str) -> Any:
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to {most:g}")
         return value
     parse.__name__ = f"number above 0 ({kind.__name__})"  # argparse puts it into its own message
     return parse
@@ -225,7 +225,7 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
 
     `init` is `imagenet`, `random` or a folder of weight files; `outputs=None` keeps the
     classifier. Position embeddings are fitted to `image_size`, with `dynamic` to every batch's.
-    The model carries `.image_size`, `.fixed_size` (was it built for that size alone) and
+    The model carries `.arch`, `.image_size`, `.fixed_size` (was it built for that size alone) and
     `.origin`, a line on where its weights are from. Raises `UserError`.
     """
     check_name(name)
@@ -289,7 +289,7 @@ def _create(name: str, image_size: int, seed: int, dynamic: bool, outputs: int |
         except AssertionError as error:
             raise UserError(f"{name} can't be built for {image_size} pixels: {error}") from None
     model.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
-    model.image_size, model.fixed_size = image_size, bool(size)
+    model.arch, model.image_size, model.fixed_size = name, image_size, bool(size)
     model.origin = f"{name} starts from random weights"
     check_size(model, name, image_size)
     return model
@@ -582,17 +582,17 @@ class Run:
             tqdm.write("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
         self.rows.append(row)
 
-    def save_network(self, file: str, network: nn.Module, arch: str) -> str:
+    def save_network(self, file: str, network: nn.Module) -> str:
         """Write a network to `file`; returns the Python that loads it with timm."""
         path, outputs, size = self.folder / file, network.num_classes, network.image_size
-        saved = {"arch": arch, "num_classes": outputs, "image_size": size,
+        saved = {"arch": network.arch, "num_classes": outputs, "image_size": size,
                  "fixed_size": network.fixed_size, "state_dict": network.state_dict()}
         for fact in ("classes", "multi_label", "window"):
             saved[fact] = self.config.get(fact)
         with aside(path) as temporary:
             torch.save(saved, temporary)
         fixed = f", img_size={size}" if network.fixed_size else ""
-        return (f'timm.create_model("{arch}", num_classes={outputs}{fixed}, '
+        return (f'timm.create_model("{network.arch}", num_classes={outputs}{fixed}, '
                 f'checkpoint_path="{path}")')
 
     def finish(self, **facts: Any) -> None:

@@ -24,13 +24,13 @@ from runtime import (UserError, aside, clear_exit, command_parser, load_network,
 
 def read_networks(run: Path, device: torch.device,
                   size: int | None = None) -> dict[Path, nn.Module]:
-    """{file: network} of a run, for images of `size`, None: of that in training. They carry `.arch`
-    and `.window`, the range of intensities they were trained with."""
+    """{file: network} of a run, for images of `size`, None: of that in training. They carry
+    `.window`, the range of intensities they were trained with."""
     networks = {}
     for file in network_files(run):
         saved = read_network(file)
         network = load_network(file, size or saved["image_size"]).to(device)
-        network.arch, network.window = saved["arch"], saved["window"]
+        network.window = saved["window"]
         networks[file] = network
     return networks
 

@@ -92,7 +92,7 @@ def make_run(folder: Path, data: Path, **networks: str) -> Path:
     run.begin(classes=images.classes, multi_label=False)
     write_split(folder / "split.csv", images)
     for name, arch in (networks or {"cnn": "test_resnet", "transformer": "test_vit"}).items():
-        run.save_network(f"{name}.pt", build_model(arch, "random", 32, outputs=4, seed=3), arch)
+        run.save_network(f"{name}.pt", build_model(arch, "random", 32, outputs=4, seed=3))
     return folder
 
 

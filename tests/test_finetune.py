@@ -231,7 +231,7 @@ def pretrain(folder: Path, images: ImageSet) -> Path:
     write_split(folder / "split.csv", images)
     for name, arch in (("cnn", "test_resnet"), ("transformer", "test_vit")):
         network = runtime.build_model(arch, "random", 32, outputs=16, seed=9)
-        run.save_network(f"{name}.pt", network, arch)
+        run.save_network(f"{name}.pt", network)
     return folder
 
 

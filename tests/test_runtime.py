@@ -249,7 +249,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.parametrize("write", [
     lambda run: run.save([build_model("test_vit", "random", 32)], [1.0]),
     lambda run: run.log({"epoch": 2, "loss": "x" * 9000}), lambda run: run.begin(fact="x" * 9000),
-    lambda run: run.save_network("cnn.pt", build_model("test_vit", "random", 32), "test_vit")])
+    lambda run: run.save_network("cnn.pt", build_model("test_vit", "random", 32))])
 def test_full_disk_leaves_what_was_there(write: Callable, tmp_path: Path, capsys) -> None:
     run = begun(tmp_path)
     run.log({"epoch": 1, "loss": 0.5})
@@ -295,7 +295,7 @@ def test_table_and_log(tmp_path: Path, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize("name, size", [("test_resnet", 40), ("test_vit", 48)])
 def test_saved_network_is_loaded_by_timm_and_by_us(name: str, size: int, tmp_path: Path) -> None:
     file, network = tmp_path / "cnn.pt", build_model(name, "random", size, outputs=3, seed=5)
-    line, weights = begun(tmp_path).save_network("cnn.pt", network, name), network.state_dict()
+    line, weights = begun(tmp_path).save_network("cnn.pt", network), network.state_dict()
     assert equal(eval(line).state_dict(), weights)  # by the line that is printed
     assert equal(load_network(file, size).state_dict(), weights)
     facts = read_network(file)
