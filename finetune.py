@@ -461,7 +461,7 @@ def write_lines(file: Path, lines: list[dict]) -> None:
 
 def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
     """The files of fine-tuned networks, what the first holds, and the name of the chosen one."""
-    from runtime import UserError, network_files, read_network
+    from runtime import UserError, network_files, read_config, read_network
 
     if weights is None:
         raise UserError("--predict needs fine-tuned --weights, a run of finetune.py or one file")
@@ -474,10 +474,9 @@ def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
         if any(saved[key] != first[key] for key in ("classes", "image_size", "window")):
             raise UserError(f"the networks in {weights} are for different classes or image sizes; "
                             "name one file with --weights")
-    config = weights / "config.json"
-    if not config.is_file():
+    if not (weights / "config.json").is_file():
         return files, first, next(iter(files))
-    chosen = json.loads(config.read_text(encoding="utf-8")).get("chosen")
+    chosen = read_config(weights).get("chosen")
     if chosen not in (*files, "ensemble"):
         raise UserError(f"{weights} is no finished run of finetune.py; --resume it, or name one "
                         "file with --weights")

@@ -365,7 +365,8 @@ def read_tensors(file: Path, **options: Any) -> Any:
     the checksums of the file compared. Raises many kinds of errors for a file that is none."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            if archive.testzip():
+            packed = sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size
+            if packed or archive.testzip():  # torch packs nothing: it may be a bomb
                 raise ValueError(f"{file} is damaged")
     return torch.load(file, map_location="cpu", weights_only=True, **options)
 
@@ -447,6 +448,19 @@ def write_text(path: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
+def read_config(folder: Path) -> dict:
+    """What a run has written into its `config.json`. Raises `UserError`."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        options = dict(config["options"])
+        if not isinstance(options.get("epochs", 0), int):
+            raise TypeError
+        return config | {"options": options}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{folder / 'config.json'} is damaged; choose another folder, or remove "
+                        "that one") from None
+
+
 class Run:
     """The folder of one run: `config.json`, `log.jsonl`, checkpoints and networks.
 
@@ -467,12 +481,8 @@ class Run:
                        "versions": {"python": sys.version.split()[0], **versions}}
         old, made = {}, {}
         if (folder / "config.json").is_file():
-            try:
-                old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-                made = dict(old["options"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{folder / 'config.json'} is damaged; choose another --out, or "
-                                "remove that folder") from None
+            old = read_config(folder)
+            made = old["options"]
         elif any(folder.glob("checkpoint*.pt")):
             raise UserError(f"{folder} holds a checkpoint but no config.json; choose another "
                             "--out, or move it away")

@@ -24,7 +24,8 @@ from data import DataError, read_images, read_split, split_images
 from extras import speed
 from extras.paper import ARMS, ISIC, SIZES, SMALL, SMALL_TIMED, TABLES, TIMES
 from metrics import mean_and_spread
-from runtime import UserError, clear_exit, command_parser, pick_device, positive, write_text
+from runtime import (UserError, clear_exit, command_parser, pick_device, positive, read_config,
+                     write_text)
 
 # %% the runs behind a table
 
@@ -77,8 +78,7 @@ def missing_runs(rows: list[dict], args: argparse.Namespace) -> list[list[str]]:
 
 
 def finished(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8"))["finished"]
+    return (folder / "config.json").is_file() and read_config(folder).get("finished") is True
 
 
 # %% the numbers of a table

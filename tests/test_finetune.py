@@ -542,7 +542,7 @@ def test_a_labelled_folder_is_scored(both: dict, images: Path, tmp_path: Path, c
 
 def test_networks_that_cant_predict_together(both: dict, pets: Path, tmp_path, capsys) -> None:
     shutil.copy(both["out"] / "cnn.pt", tmp_path)
-    (tmp_path / "config.json").write_text('{"finished": false}')
+    (tmp_path / "config.json").write_text('{"options": {}, "finished": false}')
     said = sentence(capsys, lambda: predict(pets, tmp_path, tmp_path / "new"))
     assert "no finished run" in said and "--resume" in said
     other = torch.load(both["out"] / "transformer.pt", weights_only=True)

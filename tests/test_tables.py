@@ -53,7 +53,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
                 "threshold_0.5": {"f1_pooled": draw()}}} for name in names}
             result = {"seeds": [{"chosen": names[-1], "arms": arms}], "guess": {"headline": 0.321}}
             (folder / "result.json").write_text(json.dumps(result))
-        (folder / "config.json").write_text('{"finished": true}')
+        (folder / "config.json").write_text('{"options": {}, "finished": true}')
 
     monkeypatch.setattr(tables, "subprocess", SimpleNamespace(run=run))
     return runs
