@@ -134,7 +134,7 @@ def _doubts(rows: list[Row], paths: list[str], folders: list[str], depth: int) -
 
 def _by_number(name: str) -> tuple:
     """A key that sorts 2 before 10."""
-    pieces = re.split(r"(\d+)", name)
+    pieces = re.split(r"(\d{1,99})", name)  # Python makes no number of 5,000 digits
     return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
 
 

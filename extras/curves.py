@@ -29,10 +29,11 @@ def read_log(run: Path) -> list[dict]:
     """The rows of a pretraining run's `log.jsonl`."""
     try:
         lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+        rows = [dict(json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError, RecursionError):
         rows = []
-    if not any(key.endswith("_cosine") for row in rows[:1] for key in row):
+    whole = all("epoch" in row for row in rows)
+    if not whole or not any(key.endswith("_cosine") for row in rows[:1] for key in row):
         raise UserError(f"{run} is no run folder of cass.py or dino.py with a log")
     return rows
 
