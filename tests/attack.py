@@ -104,7 +104,7 @@ def run_in_a_fork(words: list, check: bool) -> None:
     os.waitpid(start(lambda: call([str(word) for word in words[2:]]), Path(), group=False), 0)
 
 
-def ended(child: int, limit: float = 60) -> int:
+def ended(child: int, limit: float = 900) -> int:
     """Its exit code, or minus the signal that killed it; 99 if it did not end by itself."""
     begun = time.monotonic()
     while time.monotonic() - begun < limit:
@@ -165,7 +165,7 @@ class Place:
             folder = self.fresh(f"make-{name}")
             assert ended(start(lambda: main(options.split()), folder)) == 0, self.said(folder)
             (folder / "out").rename(root / name)
-        start_row = {"labels": 1.0, "paper": None, "options": {}}
+        start_row = {"name": "Tiny", "labels": 1.0, "paper": "", "options": {}}
         tables.SIZES["small"] |= {"image_size": 32, "epochs": 2, "tuning": 2, "out_dim": 16}
         tables.TABLES["T0"] = {"title": "Tiny", "data": "any", "rows": [
             {"method": "CASS", "arm": "cnn", **start_row},
@@ -250,8 +250,8 @@ def interrupt(count: int, signals: tuple[int, ...], names: list[str], place: Pla
             hits[name] += 1
             files[file.split(".", 2)[0].split("-")[0] if file else "-"] += 1
         place.ends_as_undisturbed(name, folder, f"{name}, stopped")
-    print(f"{sum(hits.values())} times stopped: {dict(hits)}; while a file was written aside: "
-          f"{dict(files)}; the slowest took {slowest:.1f} s to end")
+        print(f"{sum(hits.values())} times stopped: {dict(hits)}; while a file was written: "
+              f"{dict(files)}; the slowest took {slowest:.1f} s to end", flush=True)
 
 
 def kills(count: int) -> None:
