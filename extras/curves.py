@@ -54,7 +54,7 @@ def draw_runs(runs: dict[str, list[dict]], gauges: list[str]) -> Image.Image:
             curves = [points(rows, arm, gauge) if f"{arm}_cosine" in rows[0] else []
                       for rows in runs.values()]
             most = 1 if gauge in ("cosine", "knn", "linear") else 0
-            columns[-1].append(draw_curves(curves, gauge, most))
+            columns[-1].append(draw_curves(curves, gauge, most, log=gauge == "loss"))
     legend = [[Image.new("RGB", (28, 14), colour), words(run, 200)]
               for run, colour in zip(runs, LINES)]
     columns.append(["runs", grid(legend)])

@@ -1,6 +1,7 @@
 """The whole story in about two minutes: synthetic slides, both losses, few labels, predictions.
 
     python -m extras.demo
+    python -m extras.demo --full      # and DINO, feature maps, attention and CKA: five minutes
 
 It runs this project's own commands on the sample set of `extras/sample.py`, with two small networks
 from random weights. What each command prints goes into a log beside its run. The images are
@@ -23,15 +24,20 @@ import time
 import torch
 
 import cass
+import dino
 import finetune
-from extras import curves, maps, sample
+from extras import cka, curves, maps, sample
 from extras.pictures import grid, words
 from images import load_image
-from runtime import UserError, clear_exit, command_parser
+from runtime import UserError, clear_exit, command_parser, seed_number
 
-ARMS = "--cnn resnet10t --transformer test_vit"
-SETTING = "--init random --image-size 64 --batch-size 32"
 GAUGES = ("loss", "cnn_cosine", "cnn_rank", "transformer_cosine", "transformer_rank")
+OWN = """
+Your own folder DIR of images (README, Your images, says which networks suit a CPU):
+  python data.py --data DIR                      # how is it read?
+  python cass.py --data DIR --epochs 100         # two pretrained networks, no labels needed
+  python finetune.py --data DIR --weights runs/cass-DIR --labels 0.1
+  python finetune.py --predict NEW --weights runs/finetune-cass-DIR-0.1"""
 
 
 def run(command, arguments: str, log: Path) -> None:
@@ -47,84 +53,111 @@ def run(command, arguments: str, log: Path) -> None:
 
 
 def show_log(folder: Path) -> None:
-    """Five rows of a pretraining run's log."""
+    """Four rows of a pretraining run's log."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    print("   epoch" + "".join(f"{name:>20}" for name in GAUGES))
-    for row in [*rows[:3], rows[len(rows) // 2], rows[-1]]:
+    print("   epoch" + "".join(f"{name.replace('_', ' '):>19}" for name in GAUGES))
+    for row in (rows[0], rows[1], rows[len(rows) // 2], rows[-1]):
         cells = ["-" if row[name] is None else f"{row[name]:.3f}" for name in GAUGES]
-        print(f"   {row['epoch']:5d}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"   {row['epoch']:5d}" + "".join(f"{cell:>19}" for cell in cells))
 
 
 def sheet(images: Path, captions: dict[str, str], file: Path) -> None:
     """Images with a caption below each, four in a row, as a PNG."""
     tiles = []
     for path, caption in captions.items():
-        image = load_image(images / path).resize((200, 200))
-        tiles.append(grid([[image], [words(caption, 200, 12)]], 2))
+        image = load_image(images / path)
+        image = image.resize((240, 240 * image.height // image.width))
+        tiles.append(grid([[image], [words(caption, 240, 12)]], 2))
     grid([tiles[i:i + 4] for i in range(0, len(tiles), 4)]).save(file)
     print(f"   look at {file}")
 
 
-def tell_story(folder: Path, full: bool) -> None:
+def read_table(file: Path) -> list[dict[str, str]]:
+    with open(file, encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def show_scores(folder: Path, names: list[str]) -> None:
+    """Macro F1 of fine-tuned runs, and of the same answer for every image."""
+    print(f"   {'':24}{'CNN':>16}{'Transformer':>18}")
+    for name in names:
+        result = json.loads((folder / name / "result.json").read_text(encoding="utf-8"))
+        scores = [result["mean_sd_n"][arm]["macro F1"] for arm in list(result["mean_sd_n"])[:2]]
+        print(f"   {name:24}" + "".join(f"{m:10.3f} +- {sd:.3f}" for m, sd, _ in scores))
+    guess = result["guess"]["threshold_0.5"]["f1_macro"]
+    print(f"   {'always the same answer':24}{guess:10.3f}{guess:18.3f}")
+
+
+def tell_story(folder: Path, seed: int, full: bool) -> None:
     """Run everything into `folder`."""
-    images, data = folder / "slides", f"--data {folder / 'slides'} --cache {folder / 'cache'}"
-    print("\n1. The images: 300 invented slides of seven patients, cells in five stains")
-    if not (images / "labels.csv").exists():
-        run(sample, f"{images} --images 300", folder / "sample.log")
-    with open(images / "labels.csv", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
+    slides, new = folder / "slides", folder / "new"
+    setting = f"--data {slides} --cache {folder / 'cache'} --seed {seed} --init random --image-size 64"
+    arms = "--cnn resnet10t --transformer test_vit --batch-size 32 --epochs 12"
+
+    print("\n1. The images: invented slides of seven patients, with cells in five stains")
+    run(sample, f"{slides} --images 300 --seed {seed}", folder / "sample.log")
+    lines = read_table(slides / "labels.csv")[:8]
     names = [name for name in lines[0] if name not in ("image", "group")]
-    labels = {line["image"]: "|".join(name for name in names if line[name] == "1")
-              for line in lines}
-    sheet(images, dict(list(labels.items())[:8]), folder / "slides.png")
-    for number, loss, meaning in (
-            (2, "cosine", "The paper's loss from random weights. It falls, and cosine goes to 1: "
-             "every\n   image gets the same output, so the low loss means nothing."),
-            (3, "contrast", "Same networks, same images; each image must recognise its own output "
-             "among\n   others. Outputs of different images move apart: cosine falls.")):
-        print(f"\n{number}. {meaning}")
-        run(cass, f"{data} {SETTING} {ARMS} --loss {loss} --epochs 12 --out {folder / loss}",
-            folder / f"{loss}.log")
+    sheet(slides, {line["image"]: ", ".join(name for name in names if line[name] == "1")
+                   for line in lines}, folder / "slides.png")
+
+    for title, loss in (
+            ("2. The paper's loss, from random weights: it falls, but cosine rises to 1, which means\n"
+             "   that all images get the same output. Nothing was learned: this is collapse", "cosine"),
+            ("3. Same networks, images and time; now each image must recognise its own output among\n"
+             "   those of others. Cosine stays away from 1, rank (directions in use) high", "contrast")):
+        print(f"\n{title}")
+        run(cass, f"{setting} {arms} --loss {loss} --out {folder / loss}", folder / f"{loss}.log")
         show_log(folder / loss)
     run(curves, f"{folder / 'cosine'} {folder / 'contrast'} --gauges loss cosine rank "
         f"--out {folder / 'curves.png'}", folder / "curves.log")
-    print("\n4. A tenth of the labels, drawn three times: a linear classifier on features,\n"
-          "   beside networks trained from scratch (macro F1 on test patients)")
-    few = f"{data} {SETTING} --labels 0.1 --seeds 3 --schedule run --epochs 20"
-    starts = {"contrast": f"--weights {folder / 'contrast'} --protocol linear --lr 5e-3",
-              "cosine": f"--weights {folder / 'cosine'} --protocol linear --lr 5e-3",
-              "scratch": "--arch resnet10t --arch test_vit --lr 1e-3"}
-    table = []
-    for name, start in starts.items():
-        out = folder / f"few-{name}"
-        run(finetune, f"{few} {start} --out {out}", folder / f"few-{name}.log")
-        result = json.loads((out / "result.json").read_text(encoding="utf-8"))
-        scores = [result["mean_sd_n"][arm]["macro F1"] for arm in list(result["mean_sd_n"])[:2]]
-        table.append(f"   {name:24}" + "".join(f"{m:10.3f} +-{sd:.3f}" for m, sd, _ in scores))
-    guess = result["guess"]["threshold_0.5"]["f1_macro"]
-    print(f"   {'':24}{'CNN':>17}{'Transformer':>17}", *table,
-          f"   {'always the same answer':24}{guess:10.3f}{guess:17.3f}", sep="\n")
-    print("\n5. Answers for eight slides (some trained on); marked where the arms disagree")
-    (folder / "answers" / "predictions.csv").unlink(missing_ok=True)
-    run(finetune, f"--predict {images} --weights {folder / 'few-contrast'} "
-        f"--out {folder / 'answers'}", folder / "answers.log")
-    with open(folder / "answers" / "predictions.csv", encoding="utf-8") as file:
-        answers = list(csv.DictReader(file))[:8]
-    sheet(images, {line["image"]: f"truth: {line['truth']}\nanswer: {line['class']}"
-                   + "\n(the arms disagree)" * (line["arms disagree"] == "yes")
-                   for line in answers}, folder / "answers.png")
+    print(f"   look at {folder / 'curves.png'}")
+
+    print("\n4. A tenth of the labels, drawn three times: a linear classifier on each pretraining's\n"
+          "   features, and training from scratch. Macro F1 on other patients, mean +- spread")
+    few = f"{setting} --labels 0.1 --seeds 3 --schedule run"
+    for loss in ("contrast", "cosine"):
+        run(finetune, f"{few} --weights {folder / loss} --protocol linear --lr 5e-3 --epochs 20 "
+            f"--out {folder / 'few'}-{loss}", folder / f"few-{loss}.log")
+    run(finetune, f"{few} --arch resnet10t --arch test_vit --lr 1e-3 --epochs 40 "
+        f"--out {folder / 'few-scratch'}", folder / "few-scratch.log")
+    show_scores(folder, ["few-contrast", "few-cosine", "few-scratch"])
+
+    print("\n5. Eight new slides of other patients, and what the networks of step 4 answer")
+    run(sample, f"{new} --images 8 --seed {seed + 1}", folder / "new.log")
+    run(finetune, f"--predict {new} --weights {folder / 'few-contrast'} --out {folder / 'answers'}",
+        folder / "answers.log")
+    answers = read_table(folder / "answers" / "predictions.csv")
+    sheet(new, {line["image"]: f"truth: {line['truth']}\nanswer: {line['class'] or 'none'}"
+                + "\n(the arms disagree)" * (line["arms disagree"] == "yes")
+                for line in answers}, folder / "answers.png")
     if full:
-        print("\n6. Where the Transformer looks, and what the CNN's first layers see")
-        first = next(iter(labels))
-        run(maps, f"--weights {folder / 'contrast'} --image {images / first} --image-size 384 "
-            f"--out {folder / 'maps'}", folder / "maps.log")
+        show_more(folder, setting)
+
+
+def show_more(folder: Path, setting: str) -> None:
+    """DINO, feature maps, attention and CKA."""
+    print("\n6. DINO, the method CASS is compared with, for the same two networks one by one")
+    for arch in ("resnet10t", "test_vit"):
+        run(dino, f"{setting} --arch {arch} --out-dim 1024 --batch-size 32 --epochs 5 "
+            f"--out {folder / 'dino'}-{arch}", folder / f"dino-{arch}.log")
+    print("\n7. Where the Transformer looks, what the CNN's first layers see, and how alike their\n"
+          "   layers are (linear CKA), collapsed and not")
+    image = next((folder / "slides" / "images").iterdir())
+    run(maps, f"--weights {folder / 'cosine'} --weights {folder / 'contrast'} --image {image} "
+        f"--image-size 384 --out {folder / 'maps'}", folder / "maps.log")
+    for loss in ("cosine", "contrast"):
+        run(cka, f"--weights {folder / loss} --data {folder / 'slides'} "
+            f"--out {folder / 'cka'}-{loss}", folder / f"cka-{loss}.log")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = command_parser("python -m extras.demo", "The whole story on synthetic images.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="a new folder "
                         "(default: %(default)s)")
-    parser.add_argument("--full", action="store_true", help="feature maps and attention too")
+    parser.add_argument("--full", action="store_true", help="DINO, maps and CKA too")
+    parser.add_argument("--seed", type=seed_number, default=0, help="other images, start weights "
+                        "and labels (0)")
     args = parser.parse_args(argv)
     begun = time.perf_counter()
     torch.set_num_threads(1)  # networks this small gain nothing by more
@@ -132,14 +165,10 @@ def main(argv: list[str] | None = None) -> None:
         if any(letter.isspace() for letter in str(args.out)):
             raise UserError(f"--out {args.out} has a blank in it; the commands shown could not "
                             "be typed with it")
-        if (args.out / "cosine").exists():
-            raise UserError(f"{args.out} holds a demo already; choose another --out, or remove it")
-        tell_story(args.out, args.full)
-    print("\nYour own folder of images:\n"
-          "  python data.py --data DIR\n  python cass.py --data DIR --epochs 100\n"
-          "  python finetune.py --data DIR --weights runs/cass-DIR --labels 0.1\n"
-          "  python finetune.py --predict NEW --weights runs/finetune-cass-DIR-0.1\n"
-          f"{(time.perf_counter() - begun) / 60:.1f} minutes; everything is in {args.out}.")
+        if args.out.exists():
+            raise UserError(f"{args.out} is there already; choose another --out, or remove it")
+        tell_story(args.out, args.seed, args.full)
+    print(f"{OWN}\n\n{(time.perf_counter() - begun) / 60:.1f} minutes; all is in {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Arrays and curves as pictures, drawn with Pillow; nothing of networks or runs is known here."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -36,9 +37,16 @@ def tiles(maps: np.ndarray, side: int = 84) -> Image.Image:
 
 def draw_matrix(matrix: np.ndarray, rows: list[str], columns: list[str]) -> Image.Image:
     """Values from 0 to 1 as coloured fields with their numbers, `rows` and `columns` named."""
-    lines = [[words("", 110), *(words(name, 110, 12).rotate(90, expand=True) for name in columns)]]
+    room = 12 + 7 * max(map(len, rows + columns))
+
+    def label(name: str, height: int) -> Image.Image:
+        field = Image.new("RGB", (room, height), "white")
+        write(field, (room - 6, height / 2), name, "rm")
+        return field
+
+    lines = [[label("", 22), *(label(name, 38).rotate(270, expand=True) for name in columns)]]
     for name, values in zip(rows, matrix):
-        lines.append([words(name, 110, 12)])
+        lines.append([label(name, 22)])
         for value in values:
             field = paint(np.array([[value]]), 0, 1, (38, 22))
             write(field, (19, 11), f"{value:.2f}", "mm", "black" if value > 0.6 else "white")
@@ -94,13 +102,18 @@ def draw_page(title: str, text: str, columns: list[list[str | Image.Image]]) -> 
 # %% curves
 
 
-def draw_curves(curves: Sequence[Sequence[tuple[float, float]]], name: str,
-                most: float = 0) -> Image.Image:
+def draw_curves(curves: Sequence[Sequence[tuple[float, float]]], name: str, most: float = 0,
+                log: bool = False) -> Image.Image:
     """Curves of points (epoch, y) in the colours of `LINES`; `name` is that of y, which runs from 0
-    or below to `most` or above."""
+    or below to `most` or above. `log`: on a log scale, from its lowest value above 0."""
+    if log:
+        curves = [[(x, math.log10(y)) for x, y in curve if y > 0] for curve in curves]
+        name += ", log scale"
     last = max([x for curve in curves for x, _ in curve], default=0) or 1
-    ys = [y for curve in curves for _, y in curve]
-    low, high = min([0, *ys]), max([most, *ys]) or 1
+    ys = [y for curve in curves for _, y in curve] or [0]
+    low = min(ys) if log else min(0, *ys)
+    high = max(ys) if log else max(most, *ys)
+    high = high if high > low else low + 1
     page = Image.new("RGB", (760, 400), "white")  # halved below, so that slopes are smooth
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -109,7 +122,7 @@ def draw_curves(curves: Sequence[Sequence[tuple[float, float]]], name: str,
     for share in (0, 0.5, 1):
         x, y = share * last, low + share * (high - low)
         ImageDraw.Draw(page).line([at(0, y), at(last, y)], (220, 220, 220), 2)
-        write(page, (130, at(0, y)[1]), f"{y:.3g}", "rm", size=24)
+        write(page, (130, at(0, y)[1]), f"{10 ** y if log else y:.3g}", "rm", size=24)
         write(page, (at(x, low)[0], 338), f"{x:g}", "ma", size=24)
     write(page, (10, 10), name, "la", size=26)
     write(page, (435, 400), "epoch", "md", size=24)
