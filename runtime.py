@@ -50,7 +50,9 @@ MENDABLE = {  # a part of what PyTorch says -> what a user can do
     "shared memory": "/dev/shm has no room for the loader's batches; take --workers 0, or enlarge "
                      "it (docker run --shm-size=8g)",
     "out of memory": SMALLER, "can't allocate memory": SMALLER, "MemoryError": SMALLER,
-    "bad_alloc": SMALLER, "exited unexpectedly": FEWER, "killed by signal": FEWER}
+    "bad_alloc": SMALLER, "exited unexpectedly": FEWER, "killed by signal": FEWER,
+    "not have a deterministic implementation": "an operation of this network has no form that "
+    "repeats itself to the bit on a GPU; leave out --deterministic, or take --device cpu"}
 
 
 @contextmanager
@@ -183,7 +185,10 @@ def pick_device(name: str) -> torch.device:
                         f"({str(error).splitlines()[0]})") from None
     repeat = torch.are_deterministic_algorithms_enabled()  # the fastest may change from run to run
     torch.backends.cudnn.benchmark = name.startswith("cuda") and not repeat
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # a checkpoint holds the random state of this one
+    return device
 
 
 def pick_hardware(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -541,8 +546,8 @@ class Run:
                 for part, value in zip(parts, state["parts"], strict=True):
                     part.load_state_dict(value)
                 torch.set_rng_state(state["random"][0])
-                for number, value in enumerate(state["random"][1:]):
-                    torch.cuda.set_rng_state(value, number)
+                for value in state["random"][1:2]:
+                    torch.cuda.set_rng_state(value)
             except Exception:  # torch raises many kinds for a damaged file
                 print(f"{file} can't be read; looking for the one before it", file=sys.stderr)
                 continue
@@ -559,7 +564,9 @@ class Run:
         begun, last = time.perf_counter(), len(history) == self.config["options"]["epochs"]
         if self.cost > 0.05 * (begun - self.saved_at) and not last:
             return
-        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        random = [torch.get_rng_state()]
+        if torch.cuda.is_initialized():  # of the GPU in use; asking others would take memory there
+            random.append(torch.cuda.get_rng_state())
         newest, state = self.folder / f"{name}.pt", [part.state_dict() for part in parts]
         tensors = [x for part, values in zip(parts, state) if isinstance(part, nn.Module)
                    for x in values.values()]
@@ -595,8 +602,9 @@ class Run:
     def save_network(self, file: str, network: nn.Module) -> str:
         """Write a network to `file`; returns the Python that loads it with timm."""
         path, outputs, size = self.folder / file, network.num_classes, network.image_size
+        weights = {key: x.cpu() for key, x in network.state_dict().items()}
         saved = {"arch": network.arch, "num_classes": outputs, "image_size": size,
-                 "fixed_size": network.fixed_size, "state_dict": network.state_dict()}
+                 "fixed_size": network.fixed_size, "state_dict": weights}
         for fact in ("classes", "multi_label", "window"):
             saved[fact] = self.config.get(fact)
         with aside(path) as temporary:

@@ -1,6 +1,5 @@
 """Small images, folders and networks for the tests."""
 
-import copy
 import json
 import math
 import struct
@@ -162,7 +161,8 @@ class TinyNet(nn.Module):
 
 
 def state(network: nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy(network.state_dict())
+    """A copy of its tensors, on the CPU."""
+    return {key: x.to("cpu", copy=True) for key, x in network.state_dict().items()}
 
 
 def weights_in(file: Path) -> dict[str, Tensor]:

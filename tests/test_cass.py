@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from cass import cass_loss, contrast_loss, pretrain_cass
 from data import ImageRows, augmentation, make_loader, read_images, split_images
-from runtime import build_model
+from runtime import build_model, pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -180,6 +180,7 @@ def by_functions(folder: Path, seed: int = 0, augment: str = "cass", **options) 
     images = split_images(read_images(folder))
     rows = ImageRows(images, images.part("train"), augmentation(32, augment), seed)
     arms = [build_model(arm, "random", 32, seed=seed) for arm in ("test_resnet", "test_vit")]
+    arms = [arm.to(pick_device("auto")) for arm in arms]
     torch.manual_seed(seed)
     loader = make_loader(rows, 4, seed=seed, drop_last=True)
     return states(pretrain_cass(*arms, loader, **{"epochs": 1} | options))

@@ -270,8 +270,8 @@ def test_the_command_trains_on_the_training_part_and_saves_the_teacher(
                          drop_last=True)
     backbone, rows = runtime.build_model("test_resnet", "random", 32, outputs=0, seed=3), []
     torch.manual_seed(3)
-    _, teacher = pretrain_dino(DinoNetwork(backbone, 32), loader, epochs=2, lr=0.01,
-                               log=rows.append)
+    student = DinoNetwork(backbone, 32).to(runtime.pick_device("auto"))
+    _, teacher = pretrain_dino(student, loader, epochs=2, lr=0.01, log=rows.append)
     assert equal(state(saved), state(teacher)) and saved.num_classes == 0
     assert [row["loss"] for row in log_rows(tmp_path)] == [None, *(row["loss"] for row in rows)]
 
