@@ -99,8 +99,9 @@ def pretrain_cass(
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     parts = [*arms, *optimizers, *averages, scaler]  # all that changes while training
     history, steps = restore(parts), len(loader)  # the loss of each epoch that is done
-    for average in averages if len(history) < swa_start * epochs else ():
-        average.n_averaged.zero_()  # a finished run that trains on averages anew
+    if len(history) < swa_start * epochs:  # a finished run that trains on averages anew
+        for average in averages:
+            average.n_averaged.zero_()
     for epoch in range(len(history), epochs):
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
@@ -141,12 +142,13 @@ def pretrain_cass(
 
 # %% the command: files, seeds, devices and disk
 
-LOSSES = {"cosine": (cass_loss, 1e-3), "contrast": (contrast_loss, 3e-4)}  # with the highest rate:
-# the paper's, F.2.3; and ours, chosen on validation
+LOSSES = {  # with the highest rate, and what a warning of collapse advises
+    "cosine": (cass_loss, 1e-3,  # paper, F.2.3
+               "--loss contrast does not collapse like this (README, Which loss?)"),
+    "contrast": (contrast_loss, 3e-4,  # chosen on validation
+                 "a larger --batch-size, or a lower --lr, may help")}
 OPTIMIZERS = {"adam": adam,
               "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9)}
-HINTS = {"cosine": "--loss contrast does not collapse like this (README, Which loss?)",
-         "contrast": "a larger --batch-size, or a lower --lr, may help"}
 OUTPUTS = {"none": lambda logits: logits, "sigmoid": torch.sigmoid,  # paper, D.5
            "softmax": lambda logits: logits.float().softmax(dim=1)}
 
@@ -159,7 +161,8 @@ def cass_options() -> argparse.ArgumentParser:
                             "images, without labels.")
     add = parser.add_argument
     add_data_options(parser)
-    add_run_options(parser, epochs=100, batch_size=16, lr=None, image_size=384)
+    add_run_options(parser, epochs=100, lr="1e-3; 3e-4 with --loss contrast")
+    parser.set_defaults(lr=None)  # the loss's own
     add("--cnn", default="resnet50.a1_in1k", help="timm name of the first arm (%(default)s)")
     add("--transformer", default="vit_base_patch16_384.augreg_in21k_ft_in1k", help="timm name of "
         "the second arm (%(default)s); two CNNs or two Transformers work too")
@@ -182,11 +185,11 @@ def build_arms(args: argparse.Namespace) -> dict[str, nn.Module]:
     if len(inits) > 4:
         raise UserError(f"--init {args.init} names more than two starts; there are two arms")
     names = args.cnn, args.transformer
-    arms = [build_model(name, init, args.image_size, seed=args.seed)
-            for name, init in zip(names, inits)]
-    if arms[0].num_classes != arms[1].num_classes or not arms[0].num_classes:
-        arms = [build_model(name, init, args.image_size, seed=args.seed, outputs=1000)
-                for name, init in zip(names, inits)]
+    for outputs in (None, 1000):  # their own, or new heads
+        arms = [build_model(name, init, args.image_size, seed=args.seed, outputs=outputs,
+                            checkpointing=args.checkpointing) for name, init in zip(names, inits)]
+        if arms[0].num_classes == arms[1].num_classes > 0:
+            break
     return dict(zip(("cnn", "transformer"), arms))
 
 
@@ -195,23 +198,18 @@ def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
     `look(epoch, {"cnn": ..., "transformer": ...})` returns is added to that epoch's row."""
     from data import augmentation, begin_run, open_images, training_loader
     from metrics import Gauges
-    from runtime import Run, keep_less, pick_hardware, watch
+    from runtime import Run, pick_hardware, watch
 
     device, precision = pick_hardware(args)
-    loss, rate = LOSSES[args.loss]
+    loss, rate, hint = LOSSES[args.loss]
     out = args.out or Path("runs", f"cass-{args.data.resolve().name}")
-    columns = *Gauges.columns("cnn"), *Gauges.columns("transformer")
-    run = Run(out, vars(args), ("epoch", "loss", *columns))
+    run = Run(out, vars(args), ("epoch", "loss", *Gauges.columns("cnn", "transformer")))
     if run.finished:
         return print(f"{out} is finished; more --epochs train it on")
     images = open_images(args)
     arms = build_arms(args)
-    for arm in arms.values() if args.checkpointing else ():
-        keep_less(arm)
     loader = training_loader(args, images, augmentation(args.image_size, args.augment))
-    notes = [*(arm.origin for arm in arms.values()), f"{device}, {precision}"]
-    begin_run(run, images, notes, precision=str(precision),
-              arms={"cnn": args.cnn, "transformer": args.transformer})
+    begin_run(run, images, arms, (device, precision))
     arms = {name: arm.to(device) for name, arm in arms.items()}
 
     def forward(batch: Tensor) -> tuple[Tensor, ...]:
@@ -222,7 +220,7 @@ def run_cass(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
         return loss(*map(OUTPUTS[args.outputs], logits))
 
     gauges = Gauges(arms)
-    log = watch(run, gauges, look, HINTS[args.loss], len(loader.dataset))
+    log = watch(run, gauges, look, hint, len(loader.dataset))
     if not run.resuming:
         log({"epoch": 0, "loss": None, **gauges(gauges.untrained(forward, loader))})
     torch.manual_seed(args.seed)

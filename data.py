@@ -415,15 +415,19 @@ def training_loader(args: argparse.Namespace, images: ImageSet,
                        seed=args.seed, drop_last=True, workers=args.workers)
 
 
-def begin_run(run: Any, images: ImageSet, notes: list[str], **facts: Any) -> None:
-    """Begin a `runtime.Run` on these images: its config.json, with `facts`, its split.csv, and
-    notes for the user. Raises `DataError` if it began with other images."""
+def begin_run(run: Any, images: ImageSet, networks: dict[str, Any], hardware: tuple) -> None:
+    """Begin a `runtime.Run` of `build_model`'s networks on these images: its config.json and
+    split.csv, and notes for the user. Raises `DataError` if it began with other images."""
     split = run.folder / "split.csv"
     require(not run.resuming or read_split(split, images).rows == images.rows,
             f"the images in {images.folder} or their split have changed since {run.folder} began")
-    run.begin(classes=images.classes, multi_label=images.multi_label, window=images.window, **facts)
+    device, precision = hardware
+    run.begin(classes=images.classes, multi_label=images.multi_label, window=images.window,
+              arms={name: network.arch for name, network in networks.items()},
+              precision=str(precision))
     write_split(split, images)
-    for note in (*images.notes, *notes):
+    origins = [network.origin for network in networks.values()]
+    for note in (*images.notes, *origins, f"{device}, {precision}"):
         print(f"note: {note}")
 
 

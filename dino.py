@@ -263,7 +263,7 @@ def dino_options() -> argparse.ArgumentParser:
                             "labels.")
     add = parser.add_argument
     add_data_options(parser)
-    add_run_options(parser, epochs=100, batch_size=16, lr=3e-4, image_size=384)
+    add_run_options(parser, epochs=100, lr=3e-4)
     add("--arch", default="resnet50.a1_in1k", metavar="NAME", help="timm name of the network "
         "(paper: %(default)s, and then vit_base_patch16_384.augreg_in21k_ft_in1k)")
     add("--recipe", choices=tuple(RECIPES), default="paper", help="temperatures, crops, momentum "
@@ -278,7 +278,7 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
     `look(epoch, {"backbone": ...})` returns is added to that epoch's row."""
     from data import begin_run, open_images, training_loader
     from metrics import Gauges
-    from runtime import Run, build_model, check_size, keep_less, pick_hardware, watch
+    from runtime import Run, build_model, check_size, pick_hardware, watch
 
     device, precision = pick_hardware(args)
     out = args.out or Path("runs", f"dino-{args.arch.split('.')[0]}-{args.data.resolve().name}")
@@ -286,17 +286,14 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
     if run.finished:
         return print(f"{out} is finished; more --epochs train it on")
     images = open_images(args)
-    crops, local_size = LOCAL_CROPS[args.recipe], max(32, round(args.image_size * 3 / 7 / 32) * 32)
+    crops, local_size = LOCAL_CROPS[args.recipe], args.image_size
+    if crops:  # 96 beside 224 pixels, and the like
+        local_size = max(32, round(args.image_size * 3 / 7 / 32) * 32)
     backbone = build_model(args.arch, args.init, args.image_size, outputs=0, seed=args.seed,
-                           dynamic=crops > 0)
-    if crops:
-        check_size(backbone, args.arch, local_size)
-    if args.checkpointing:
-        keep_less(backbone)
-    views = DinoViews(args.image_size, crops, local_size if crops else None)
-    loader = training_loader(args, images, views)
-    begin_run(run, images, [backbone.origin, f"{device}, {precision}"],
-              arms={"backbone": args.arch}, precision=str(precision))
+                           dynamic=crops > 0, checkpointing=args.checkpointing)
+    check_size(backbone, args.arch, local_size)
+    loader = training_loader(args, images, DinoViews(args.image_size, crops, local_size))
+    begin_run(run, images, {"backbone": backbone}, (device, precision))
     torch.manual_seed(args.seed)
     student = DinoNetwork(backbone, args.out_dim).to(device)
     gauges = Gauges({"backbone": backbone})
@@ -312,7 +309,7 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
 
     def log(row: dict) -> None:
         watched(row)
-        if row["kl"] < 0.01 <= run.rows[-2]["kl"] if row["epoch"] else False:
+        if row["epoch"] and row["kl"] < 0.01 <= run.rows[-2]["kl"]:
             way = "one output wins" if row["entropy"] < math.log(args.out_dim) / 2 else "all alike"
             tqdm.write(f"warning: the teacher now gives the same output for every image ({way}), "
                        "so the loss does not show that anything is learned")

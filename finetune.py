@@ -172,9 +172,11 @@ def tune_options() -> argparse.ArgumentParser:
                             "them, predict.")
     add = parser.add_argument
     add_data_options(parser, required=False)
-    add_run_options(parser, epochs=50, batch_size=16, lr=3e-4, image_size=None)
-    add("--weights", type=user_path, metavar="RUN|FILE", help="a run folder, for all its networks "
-        "and its split, or one file of it; without it --arch is trained from --init, supervised")
+    add_run_options(parser, epochs=50, lr=3e-4)
+    parser.set_defaults(image_size=None)  # that of --weights
+    add("--weights", type=user_path, metavar="RUN|FILE", help="a run folder, for all its networks, "
+        "its split and its size of images, or one file of it; without it --arch is trained from "
+        "--init, supervised")
     add("--arch", action="append", help="timm name for training from --init; may be given twice")
     add("--protocol", choices=("full", "linear"), default="full", help="train all weights (paper) "
         "or only a classifier on the frozen network (its first version)")
@@ -209,15 +211,12 @@ def find_starts(args: argparse.Namespace) -> dict[str, Path | str]:
 
 def new_network(args: argparse.Namespace, start: Path | str, classes: int, seed: int) -> nn.Module:
     """A network with a new head of `classes` outputs."""
-    from runtime import build_model, keep_less, load_network
+    from runtime import build_model, load_network
 
+    options = {"outputs": classes, "seed": seed, "checkpointing": args.checkpointing}
     if isinstance(start, Path):
-        network = load_network(start, args.image_size, outputs=classes, seed=seed)
-    else:
-        network = build_model(start, args.init, args.image_size, outputs=classes, seed=seed)
-    if args.checkpointing:
-        keep_less(network)
-    return network
+        return load_network(start, args.image_size, **options)
+    return build_model(start, args.init, args.image_size, **options)
 
 
 def tuned_images(args: argparse.Namespace, file: Path | None, window: Any) -> Any:
@@ -277,9 +276,7 @@ def run_tuning(args: argparse.Namespace) -> None:
     arms = {name: new_network(args, start, len(images.classes), args.seed)
             for name, start in starts.items()}
     cache = args.cache and ImageCache(images, args.image_size, args.cache, args.workers)
-    begin_run(run, images, [*(arm.origin for arm in arms.values()), f"{device}, {precision}"],
-              image_size=args.image_size, arms={name: arm.arch for name, arm in arms.items()},
-              precision=str(precision))
+    begin_run(run, images, arms, (device, precision))
     seeds, lines, highest = [], [], -1.0
     for seed in range(args.seed, args.seed + args.seeds):
         facts, val, test = {}, {}, {}

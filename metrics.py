@@ -138,9 +138,9 @@ class Gauges:
             self.start[name] = [p.detach().clone() for p in network.parameters()]
 
     @staticmethod
-    def columns(name: str) -> list[str]:
-        """What an epoch's row holds for one network."""
-        return [f"{name}_cosine", f"{name}_rank", f"{name}_moved"]
+    def columns(*names: str) -> list[str]:
+        """What an epoch's row holds for networks of these names."""
+        return [f"{name}_{gauge}" for name in names for gauge in ("cosine", "rank", "moved")]
 
     def __call__(self, outputs: Sequence[tuple[Tensor, ...]]) -> dict[str, float | None]:
         """From one tensor `(N, D)` per network for each of the last steps; 256 images count."""

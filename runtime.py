@@ -116,19 +116,15 @@ def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, batch_size: int,
-                    lr: float | None, image_size: int | None) -> None:
+def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, lr: float | str) -> None:
     """Add the options that mean the same in every command; the defaults are the paper's."""
-    rate = f"{lr:g}" if lr else "1e-3, the paper's; 3e-4 with --loss contrast"
-    size = f"{image_size}, the paper's" if image_size else "as in pretraining, else the paper's 384"
     add = parser.add_argument
     add("--out", type=user_path, help="run folder (default: runs/<method>-<data set>)")
     add("--epochs", type=positive(int), default=epochs, help=f"passes over the data ({epochs})")
-    add("--batch-size", type=positive(int), default=batch_size,
-        help=f"images a step ({batch_size})")
-    add("--lr", type=positive(float), default=lr, help=f"highest learning rate ({rate})")
-    add("--image-size", type=positive(int), default=image_size,
-        help=f"images are resized to this square, in pixels ({size})")
+    add("--batch-size", type=positive(int), default=16, help="images a step (%(default)s)")
+    add("--lr", type=positive(float), default=lr, help=f"highest learning rate ({lr})")
+    add("--image-size", type=positive(int), default=384,
+        help="images are resized to this square, in pixels (paper: 384)")
     add("--init", default="imagenet", metavar="imagenet|random|FOLDER",
         help="start weights: through timm (the paper's: %(default)s), random, or a folder of files "
              "named like the model; cass.py takes two for its two arms, joined by a comma")
@@ -225,16 +221,18 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def build_model(name: str, init: str, image_size: int, *, outputs: int | None = None,
-                seed: int = 0, dynamic: bool = False) -> nn.Module:
+                seed: int = 0, dynamic: bool = False, checkpointing: bool = False) -> nn.Module:
     """A timm model that takes `(N, 3, image_size, image_size)` and gives `(N, outputs)` logits.
 
     `init` is `imagenet`, `random` or a folder of weight files; `outputs=None` keeps the
     classifier. Position embeddings are fitted to `image_size`, with `dynamic` to every batch's.
+    `checkpointing` keeps a block's input alone and runs the block again in the backward pass; batch
+    norms then see each batch twice, which moves their averages, not what is trained.
     The model carries `.arch`, `.image_size`, `.fixed_size` (was it built for that size alone) and
     `.origin`, a line on where its weights are from. Raises `UserError`.
     """
     check_name(name)
-    create = partial(_create, name, image_size, seed, dynamic)
+    create = partial(_create, name, image_size, seed, dynamic, checkpointing)
     if init == "random":
         return create(outputs)
     if init == "imagenet":
@@ -249,23 +247,14 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
     raise UserError(f"--init {init} holds no weights for {name}: put {name}.safetensors there")
 
 
-def load_network(file: Path, image_size: int, outputs: int | None = None,
-                 seed: int = 0) -> nn.Module:
+def load_network(file: Path, image_size: int, outputs: int | None = None, seed: int = 0,
+                 checkpointing: bool = False) -> nn.Module:
     """The network in `file`, for images of `image_size`; with `outputs`, under a new random head
     of that many classes. Every other weight must be there and fit. Raises `UserError`."""
     saved = read_network(file)
     check_name(saved["arch"])
-    create = partial(_create, saved["arch"], image_size, seed, False)
+    create = partial(_create, saved["arch"], image_size, seed, False, checkpointing)
     return _with_weights(create, outputs, saved["state_dict"], file)
-
-
-def keep_less(network: nn.Module) -> None:
-    """`--checkpointing`: keep a block's input alone and run the block again in the backward pass.
-    Batch norms then see each batch twice, which moves their averages, not what is trained."""
-    try:
-        network.set_grad_checkpointing()
-    except (AssertionError, AttributeError):
-        raise UserError(f"{type(network).__name__} of timm has no --checkpointing") from None
 
 
 def check_name(name: str) -> None:
@@ -277,8 +266,8 @@ def check_name(name: str) -> None:
                         + f"; the nearest names are {', '.join(near)}" * bool(near))
 
 
-def _create(name: str, image_size: int, seed: int, dynamic: bool, outputs: int | None,
-            **options: Any) -> nn.Module:
+def _create(name: str, image_size: int, seed: int, dynamic: bool, checkpointing: bool,
+            outputs: int | None, **options: Any) -> nn.Module:
     """`timm.create_model` for images of one size, seeded. Raises `UserError` for a wrong size."""
     if outputs is not None:
         options["num_classes"] = outputs
@@ -297,6 +286,11 @@ def _create(name: str, image_size: int, seed: int, dynamic: bool, outputs: int |
     model.arch, model.image_size, model.fixed_size = name, image_size, bool(size)
     model.origin = f"{name} starts from random weights"
     check_size(model, name, image_size)
+    if checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError):
+            raise UserError(f"timm has no --checkpointing for {name}") from None
     return model
 
 

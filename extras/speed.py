@@ -233,7 +233,7 @@ def time_lines(args: argparse.Namespace) -> list[str]:
 def speed_options() -> argparse.ArgumentParser:
     parser = command_parser("python -m extras.speed", "Time every training loop on your images.")
     add_data_options(parser)
-    add_run_options(parser, epochs=1, batch_size=16, lr=1e-3, image_size=384)
+    add_run_options(parser, epochs=1, lr=1e-3)
     parser.set_defaults(init="random")
     add = parser.add_argument
     add("--cnn", default=ARMS["cnn"], help="first arm (paper: %(default)s)")

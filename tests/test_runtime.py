@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 import runtime
 from data import DataError
 from helpers import equal, sentence
-from runtime import (Run, UserError, build_model, clear_exit, keep_less, load_network, pick_device,
+from runtime import (Run, UserError, build_model, clear_exit, load_network, pick_device,
                      pick_precision, pick_workers, read_network)
 
 # %% the way out
@@ -321,9 +321,7 @@ def test_a_damaged_config(text: str, tmp_path: Path) -> None:
 def test_checkpointing_keeps_fewer_activations_and_the_same_gradients() -> None:
     kept, gradients = [0, 0], []
     for less in (False, True):
-        network = build_model("test_vit", "random", 64)
-        if less:
-            keep_less(network)
+        network = build_model("test_vit", "random", 64, checkpointing=less)
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
             kept[less] += tensor.nbytes
@@ -333,5 +331,5 @@ def test_checkpointing_keeps_fewer_activations_and_the_same_gradients() -> None:
         logits.square().sum().backward()
         gradients.append([p.grad for p in network.parameters()])
     assert kept[True] < kept[False] / 2 and equal(*gradients)
-    with pytest.raises(UserError, match="--checkpointing"):
-        keep_less(nn.Linear(2, 2))
+    with pytest.raises(UserError, match="no --checkpointing for coat_tiny"):
+        build_model("coat_tiny", "random", 64, checkpointing=True)
