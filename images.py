@@ -19,13 +19,13 @@ from typing import Callable, Iterator
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif",
-           *([".avif"] if features.check("avif") else []))
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff",
+           ".gif")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # paper, F.2.2
 
 
@@ -106,6 +106,7 @@ def _decode(file) -> tuple[Image.Image, np.ndarray | None, bool]:
     multiplied = 1 in extra  # the colours by their alpha
     require(tags.get(PLANES) != 2 or bits == 8 and not multiplied,
             "its planes of 16 bits or with alpha are misread here")
+    require(image.mode != "La", "its grey times alpha is misread here")
     require("LA;16" not in str(image.tile) and not (deep and "transparency" in image.info),
             "its transparency of 16 bits is misread here")
     image, values = _load(image), None
@@ -121,7 +122,7 @@ def _decode(file) -> tuple[Image.Image, np.ndarray | None, bool]:
         low = np.asarray(_load(_header(file)[0], lower=True))[..., :3]
         values = np.asarray(image)[..., :3] * np.float32(256) + low
     if multiplied:  # so they are already as they look over black
-        image = image.getchannel(0) if image.mode == "La" else image.convert("RGB")
+        image = image.convert("RGB")
     return image, values, tags.get(PHOTOMETRIC) == 0
 
 

@@ -91,7 +91,7 @@ OWN = [
     ("cass", "--batch-size 15", "14 training images & 15"), ("cass", "--cnn resnet51", "resnet50"),
     ("cass", "--ratios 0.1,0.1,0.8", "2 training images"),
     ("cass", "--transformer test_vit.nope", "test_vit.nope & nearest & test_vit"),
-    ("cass", "--transformer test_coatnet --image-size 48", "test_coatnet & --image-size 48"),
+    ("cass", "--transformer levit_128s --image-size 40", "levit_128s & --image-size 40"),
     ("cass", "--init nowhere", "--init nowhere is no folder & imagenet & random"),
     ("cass", "--init random,set", "--init set & put test_vit.safetensors there"),
     ("cass", "--init pointers", "pointers/test_resnet.pt & Git LFS"),

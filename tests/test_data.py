@@ -97,11 +97,12 @@ def test_hidden_and_odd_files_are_passed_over_and_classes_are_in_the_order_of_th
 
 
 def test_endings_that_pillow_opens_are_read(tmp_path: Path) -> None:
-    for i, ending in enumerate(("jpe", "jfif", "jpeg", "bmp", "webp", "gif", "tiff", "avif")):
-        (tmp_path / ending).mkdir()
-        noise(i).save(tmp_path / ending / f"0.{ending}", "JPEG" if ending[0] == "j" else ending)
-    assert len(found(tmp_path)) == 7 + (".avif" in data.ENDINGS)
-    assert not data.good_rows(read_images(tmp_path)).notes[1:]
+    known = Image.registered_extensions()  # Pillow 11.0 has no AVIF
+    written = put(tmp_path, *(f"a/0{ending}" for ending in data.ENDINGS if ending in known))
+    assert {f"a/0{ending}" for ending in (".jpe", ".jfif", ".bmp", ".webp", ".tiff")} <= {
+        path for path, _ in found(written)}
+    assert len(found(written)) == len(os.listdir(written / "a")) >= 10
+    assert not data.good_rows(read_images(written)).notes
 
 
 @pytest.mark.parametrize("names, words", [

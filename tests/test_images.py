@@ -50,7 +50,6 @@ FORMS = {
     "alpha": (with_alpha(COLOUR, HALF), {338: [2]}, {}, None, BLACK_BELOW),
     "times alpha": (with_alpha(BLACK_BELOW, HALF), {338: [1]}, {}, None, BLACK_BELOW),
     "grey, alpha of zero": (with_alpha(RAMP, 0), {338: [2]}, {}, None, RAMP),
-    "grey times alpha": (with_alpha(RAMP, 9), {338: [1]}, {}, None, RAMP),
     "uint32": (RAMP.astype(np.uint32) << 24, {}, {}, (0, 255 << 24), RAMP),
     "int8": ((RAMP.astype(int) - 128).astype(np.int8), {}, {}, None, RAMP),
     "int16": ((RAMP.astype(int) - 128).astype(np.int16), {}, {}, (-128, 127), RAMP),
@@ -101,6 +100,7 @@ def test_pngs_of_16_bits(tmp_path: Path, alpha: int | None) -> None:
     (np.repeat(COLOUR, 2, 2)[..., :5], {262: [1], 338: [0] * 4}, ["5 x 8 bits"]),
     (COLOUR, {259: [34712]}, ["compression 34712"]),
     (with_alpha(DEEP, 9), {338: [2]}, ["2 x 16 bits"]),
+    (with_alpha(RAMP, 9), {338: [1]}, ["2 x 8 bits"]),  # grey times alpha
 ])
 def test_tiffs_that_are_refused_are_told_what_they_are(tmp_path: Path, values: np.ndarray,
                                                        tags: dict, words: list[str]) -> None:
