@@ -478,30 +478,27 @@ class Run:
         versions = {m.__name__: str(m.__version__) for m in (torch, torchvision, timm, np)}
         self.config = {"options": options, "command": command_line(), "finished": False,
                        "versions": {"python": sys.version.split()[0], **versions}}
-        old, made = {}, {}
+        begun, old = any(folder.glob("checkpoint*.pt")), {"options": {}}
         if (folder / "config.json").is_file():
             old = read_config(folder)
-            made = old["options"]
-        elif any(folder.glob("checkpoint*.pt")):
+        elif begun:
             raise UserError(f"{folder} holds a checkpoint but no config.json; choose another "
                             "--out, or move it away")
-        begun = any(folder.glob("checkpoint*.pt"))
-        self.lock = None
+        made, self.lock = old["options"], None
         grows = (folder / "checkpoint.pt").is_file() and options["epochs"] > made.get("epochs", 0)
-        self.resuming = bool(options["resume"] and old and begun)
+        self.resuming = options["resume"] and begun
         self.finished = bool(old.get("finished")) and not (self.resuming and grows)
-        if (self.finished or old and begun) and not options["resume"]:
+        if (self.finished or begun) and not options["resume"]:
             kind = "a finished run" if self.finished else "an unfinished run: --resume it"
             raise UserError(f"{folder} holds {kind}; choose another --out, or remove that folder")
+        if self.resuming and made.keys() != options.keys():
+            raise UserError(f"{folder} is of another version, with other options; choose another "
+                            "--out, or remove that folder")
         for name, value in options.items() if self.resuming or self.finished else ():
             free = name in self.FREE or name == "epochs" and grows
-            if value != made.get(name, value) and not free:
+            if not free and value != made.get(name, value):
                 raise UserError(f"{folder} was made with --{name.replace('_', '-')} {made[name]}, "
                                 f"not {value}; resume with the options it had")
-        for file in folder.glob("checkpoint*.pt") if self.resuming else ():
-            if _is_old(file):
-                raise UserError(f"{file} is of an older version and can't be gone on with; "
-                                "choose another --out, or remove that folder")
         if options["resume"] and not (begun or self.finished):
             print(f"{folder} holds no checkpoint: starting at the beginning")
 
@@ -635,13 +632,6 @@ def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str,
                 raise UserError(f"the weights of {name} have not moved in epoch {row['epoch']}: "
                                 "nothing is being trained; look at --lr")
     return log
-
-
-def _is_old(checkpoint: Path) -> bool:
-    try:
-        return "history" not in torch.load(checkpoint, mmap=True, weights_only=True)
-    except Exception:  # damaged: `restore` looks for the one before it
-        return False
 
 
 def _cell(value: Any) -> str:

@@ -259,9 +259,11 @@ def test_what_can_not_be_resumed(name: str, pets: Path, tmp_path: Path, monkeypa
         said = sentence(capsys, lambda: command(name, pets, out, more))
         assert words in said and str(out) in said
     assert {file: file.read_bytes() for file in out.iterdir()} == before
+    file = out / "config.json"
+    file.write_text(file.read_text().replace('"seed"', '"patience": 5, "seed"'))  # of the past
+    assert "another version" in sentence(capsys, lambda: command(name, pets, out, "--resume"))
+    file.write_bytes(before[file])
     [checkpoint] = out.glob("checkpoint*.pt")
-    torch.save({"epoch": 1, "parts": []}, checkpoint)  # as the first version wrote them
-    assert "older version" in sentence(capsys, lambda: command(name, pets, out, "--resume"))
     checkpoint.write_bytes(b"damaged")
     with pytest.raises(SystemExit):
         command(name, pets, out, "--resume")
