@@ -355,6 +355,14 @@ def score_seed(facts: dict, val: dict, test: dict, images: Any) -> dict:
             "oracle": max(arms, key=lambda name: arms[name]["test"]["headline"])}
 
 
+def guess_score(truth: np.ndarray, known: np.ndarray, images: Any) -> dict:
+    """The score of one answer for every image: how frequent each class is among `known` labels."""
+    from metrics import score
+
+    answers = np.tile(known.mean(0), (len(truth), 1))
+    return score(truth, answers, images.classes, images.multi_label)
+
+
 def summary(tests: list[dict]) -> dict[str, tuple]:
     """(mean, standard deviation, n) over seeds of the main scores; of those that are defined."""
     from metrics import mean_and_spread
@@ -384,12 +392,10 @@ def print_scores(rows: dict[str, dict[str, tuple]]) -> None:
 def report(run: Any, seeds: list[dict], best: dict, loads: list[str], images: Any) -> None:
     """Write result.json and show its scores. `seeds` are `score_seed`'s, `best` is the one whose
     networks were kept, which `loads` load."""
-    from metrics import score
     from runtime import write_text
 
-    truth, share = (images.truth(images.labelled(images.part(part))) for part in ("test", "train"))
-    guess = score(truth, np.tile(share.mean(0), (len(truth), 1)), images.classes,
-                  images.multi_label)  # what the same answer for every image would reach
+    truth, known = (images.truth(images.labelled(images.part(part))) for part in ("test", "train"))
+    guess = guess_score(truth, known, images)
     tests = {name: [one["arms"][name]["test"] for one in seeds] for name in best["arms"]}
     for name in ("chosen", "oracle"):
         tests[name] = [one["arms"][one[name]]["test"] for one in seeds]
@@ -527,6 +533,7 @@ def run_prediction(args: argparse.Namespace) -> None:
         truth = images.truth([images.rows[i] for i in known])
         scores = {name: score(truth, values[known], images.classes, images.multi_label)
                   for name, values in arms.items()}
+        scores["always the same answer"] = guess_score(truth, truth, images)
         write_text(out.with_name("result.json"), json.dumps(scores, indent=1) + "\n")
         print(f"scores on {len(known)} labelled images, in result.json too")
         print_scores({name: summary([one]) for name, one in scores.items()})

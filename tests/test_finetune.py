@@ -536,6 +536,9 @@ def test_a_labelled_folder_is_scored(both: dict, images: Path, tmp_path: Path, c
         wanted = score(truth_in(rows.values()), numbers_in(rows.values(), name), CLASSES, False)
         assert scores[name]["argmax"] == wanted["argmax"] and scores[name]["n"] == 35
         assert f"{wanted['headline']:.3f}" in said and "+-" not in said
+    truths = [row["truth"] for row in rows.values()]
+    guess = scores["always the same answer"]["argmax"]["accuracy"]
+    assert guess == max(map(truths.count, CLASSES)) / 35 and f"{guess:.3f}" in said
     others = class_folders(tmp_path / "others", cat=3, dog=3)
     assert {row["truth"] for row in predict(others, both["out"], tmp_path / "new")} == {""}
     assert not (tmp_path / "new" / "result.json").exists()
