@@ -99,17 +99,19 @@ def _walk(folder: Path) -> tuple[list[str], list[str], list[str]]:
                 (links if entry.is_symlink() else waiting).append(path + "/")
             elif name.endswith(ENDINGS):
                 images.append(path)
-            elif name not in ("labels.csv", "thumbs.db"):
+            elif path != "labels.csv" and name != "thumbs.db":
                 others[os.path.splitext(name)[1] or name] += 1
-    kinds = ", ".join(f"{count} {ascii(ending)[1:-1]}" for ending, count in others.most_common(6))
+    kinds = [f"{count} {ascii(ending)[1:-1]}" for ending, count in others.most_common()]
+    kinds = ", ".join(kinds[:9]) + ", ..." * (len(kinds) > 9)
     require(images, f"{folder} holds no images ({' '.join(ENDINGS)}), but {kinds or 'no files'}; "
                     "--data names the folder that holds them")
     for path in images + folders:
-        require(not NOT_TEXT.search(path), f"the name of {ascii(path)} is not plain text; rename it")
+        require(not NOT_TEXT.search(path), f"the name {ascii(path)} is not plain text; rename it")
     return sorted(images), sorted(folders), [f"files not read: {kinds}"] if kinds else []
 
 
-NO_CLASS = re.compile(r"(?i)(images?|masks?|labels?|annotations?|(train|val|test)([ _-]\w+|set)?)")
+NO_CLASS = re.compile(r"(?i)(images?|masks?|labels?|annotations?"
+                      r"|(train|test|training|testing|val|validation)([ _-]\w+|set)?)")
 MASK = re.compile(r"(?i)[_-](masks?|seg\w*|gt|label)(_?\d+)?$")
 
 
@@ -125,11 +127,12 @@ def _doubts(rows: list[Row], paths: list[str], folders: list[str], depth: int) -
         *such([path for path in folders if path.count("/") == depth and path not in full],
               "folders hold no images of their own"),
         *such([name for name in classes if NO_CLASS.fullmatch(name)],
-              "folders are taken for classes; call parts train, val, test; no masks here"),
+              "folders are taken for classes (parts are train, val and test; masks are no images)"),
         *such([row.path for row in rows if row.labels and row.path.count("/") > depth + 1],
-              "images lie deeper than their class folder; else write a labels.csv"),
+              "images lie deeper than the folder taken for their class (write a labels.csv if "
+              "another is meant)"),
         *such(sorted(stem for stem in stems if MASK.search(stem) and MASK.sub("", stem) in stems),
-              "images look like masks of others; move them out of the folder")]
+              "images look like masks of others (which should be moved out of the folder)")]
 
 
 def _by_number(name: str) -> tuple:
@@ -152,7 +155,8 @@ def distinct_classes(classes: list[str]) -> list[str]:
 # %% tables
 
 YES, NO = ("1", "1.0", "1,0", "true"), ("0", "0.0", "0,0", "false")  # cells of class columns
-UNKNOWN = ("na", "nan", "n/a", "null", "-1")  # what programs write where no label is known
+# What people and programs write where no label or group is known.
+UNKNOWN = ("na", "nan", "n/a", "<na>", "null", "unknown", "?", "-1", "-1.0")
 
 
 def read_table(file: Path, strip: bool = True) -> tuple[list[str], list[tuple[int, dict]]]:
@@ -213,7 +217,7 @@ def _read_csv(folder: Path) -> ImageSet:
                 f"{where} has split {part!r}; it must be train, val or test")
         rows[path] = Row(path, _labels(where, names, line), group, PART_NAMES.get(part.lower(), ""))
     for key in ("group", "split"):
-        empty = [not getattr(row, key) for row in rows.values()]
+        empty = [getattr(row, key).lower() in ("", *UNKNOWN) for row in rows.values()]
         require(all(empty) or not any(empty), f"{file}: column {key} must be filled in for every "
                 f"image or for none; it is empty in line {lines[empty.index(any(empty))][0]}")
     classes = {label for row in rows.values() for label in row.labels}
@@ -356,21 +360,19 @@ def read_split(file: Path, images: ImageSet, grow: bool = False) -> ImageSet:
 
 def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options of every command that reads images."""
-    from runtime import user_path
-
     shares = _numbers(lambda v: len(v) == 3 and min(v) >= 0 < v[0] and abs(sum(v) - 1) < 1e-6,
                       "three shares that sum to 1, like 0.7,0.1,0.2")
     window = _numbers(lambda v: len(v) == 2 and v[0] < v[1],
                       "auto, image or LOW,HIGH like -160,240", "auto", "image")
     add = parser.add_argument
-    add("--data", type=user_path, required=required,
+    add("--data", type=Path, required=required,
         help="folder of images; `python data.py --data DIR` shows how it is read")
     add("--ratios", type=shares, default=(0.7, 0.1, 0.2), metavar="T,V,T",
         help="shares of training, validation and test where the folder has no split of its own "
              "(paper: 0.7,0.1,0.2; its first version: 0.8,0.1,0.1)")
     add("--split-seed", type=int, default=0, help="fixes the split (default: %(default)s)")
-    add("--split-file", type=user_path, metavar="FILE", help="take the parts from a split.csv (of a "
-        "run, or of extras.audit); images it does not name are left out")
+    add("--split-file", type=Path, metavar="FILE", help="take the parts from a split.csv (of a run, "
+        "or of extras.audit); images it does not name are left out")
     add("--window", type=window, default="auto", metavar="auto|image|LOW,HIGH",
         help="range of intensities in which images of more than 8 bits are shown; auto: one for "
              "all, of the training part; image: of each its own (paper: 8 bits)")

@@ -166,7 +166,7 @@ def evaluate(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]],
 
 def tune_options() -> argparse.ArgumentParser:
     from data import add_data_options
-    from runtime import add_run_options, command_parser, positive, user_path
+    from runtime import add_run_options, command_parser, positive
 
     parser = command_parser("finetune.py", "Fine-tune pretrained networks with few labels, score "
                             "them, predict.")
@@ -174,7 +174,7 @@ def tune_options() -> argparse.ArgumentParser:
     add_data_options(parser, required=False)
     add_run_options(parser, epochs=50, lr=3e-4)
     parser.set_defaults(image_size=None)  # that of --weights
-    add("--weights", type=user_path, metavar="RUN|FILE", help="a run folder, for all its networks, "
+    add("--weights", type=Path, metavar="RUN|FILE", help="a run folder, for all its networks, "
         "its split and its size of images, or one file of it; without it --arch is trained from "
         "--init, supervised")
     add("--arch", action="append", help="timm name for training from --init; may be given twice")
@@ -188,7 +188,7 @@ def tune_options() -> argparse.ArgumentParser:
         "growing with the class's frequency, which favours the majority; inverse: rare classes")
     add("--schedule", choices=("16", "run"), default="16", help="the rate falls within 16 steps "
         "and rises again (the notebook), or falls once over all --epochs, which suits few labels")
-    add("--predict", type=user_path, metavar="FOLDER", help="classify the images of FOLDER, or one "
+    add("--predict", type=Path, metavar="FOLDER", help="classify the images of FOLDER, or one "
         "image, with fine-tuned --weights, into predictions.csv (in --out, or here)")
     return parser
 

@@ -87,7 +87,8 @@ class ImageSet:
 # %% one file
 
 # Tags of a TIFF, by which Pillow's reading of it is judged.
-BITS, COMPRESSION, PHOTOMETRIC, PLANES, COLOURS, EXTRA, KIND = 258, 259, 262, 284, 320, 338, 339
+BITS, COMPRESSION, PHOTOMETRIC, SAMPLES = 258, 259, 262, 277
+PLANES, COLOURS, EXTRA, KIND = 284, 320, 338, 339
 KINDS = {1: "whole numbers", 2: "signed numbers", 3: "floats"}
 
 
@@ -104,8 +105,9 @@ def _decode(file) -> tuple[Image.Image, np.ndarray | None, bool]:
     image, tags, deep = _header(file)
     bits, kind, extra = tags.get(BITS, (8,))[0], tags.get(KIND, (1,))[0], tags.get(EXTRA, ())
     multiplied = 1 in extra  # the colours by their alpha
-    require(tags.get(PLANES) != 2 or bits == 8 and not multiplied,
-            "its planes of 16 bits or with alpha are misread here")
+    require(tags.get(PLANES) != 2 or tags.get(SAMPLES, 1) == 1
+            or bits == 8 and image.mode[:3] == "RGB" and not multiplied,
+            "planes other than 8-bit RGB are misread here")
     require(image.mode != "La", "its grey times alpha is misread here")
     require("LA;16" not in str(image.tile) and not (deep and "transparency" in image.info),
             "its transparency of 16 bits is misread here")
@@ -179,10 +181,12 @@ def _form(path: str | Path) -> str:
     """What a TIFF that can't be read holds; "" for other files."""
     try:
         with open(path, "rb") as file:
-            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+            head = file.read(8)
+            head += file.read(8) if 43 in head[2:4] else b""  # a BigTIFF
+            tags = TiffImagePlugin.ImageFileDirectory_v2(head)
             file.seek(tags.next)
             tags.load(file)
-        bits, kind = tags[BITS], KINDS.get(tags.get(KIND, (1,))[0], "other numbers")
+        bits, kind = tags.get(BITS, (1,)), KINDS.get(tags.get(KIND, (1,))[0], "other numbers")
         return (f"a TIFF of {len(bits)} x {bits[0]} bits, {kind}, photometric "
                 f"{tags.get(PHOTOMETRIC)}, planes {tags.get(PLANES)}, compression "
                 f"{tags.get(COMPRESSION)}: ")

@@ -2,8 +2,8 @@
 
     python -m extras.prepare --data ./ISIC_2019
 
-Written is `DIR/labels.csv`; the images stay as they are. Where DIR must not be written to, link it
-into a folder of your own (`ln -s DIR own/`), and give that and --table. Known are:
+Written is `DIR/labels.csv`; the images stay as they are. Where DIR must not be written to, --out
+names a folder that gets the table, and a link to DIR beside it. Known are:
 
 - any table with a column of image names and one of labels, or a 0/1 column for each class, and
   perhaps patients and parts; names may lack their ending, or carry folders of another machine
@@ -29,14 +29,15 @@ from runtime import clear_exit, command_parser
 
 Table = list[list]  # the lines of a labels.csv; the first holds the names of its columns
 ISIC, ISIC_FACTS = "ISIC_2019_Training_GroundTruth.csv", "ISIC_2019_Training_Metadata.csv"
-# Names of columns by what they hold, the likeliest first, in lower case, with _ for blanks.
-IMAGE = ("image", "image_name", "image_id", "image_index", "isic_id", "image_path", "path",
-         "filepath", "file_path", "file_name", "filename", "file", "img", "name", "id")
-LABEL = ("label", "labels", "diagnosis", "finding", "finding_labels", "dx", "target", "class",
+# Names of columns by what they hold, the likeliest first, in lower case and without blanks and _.
+IMAGE = ("image", "imagename", "imageid", "imageindex", "isicid", "imagepath", "path", "filepath",
+         "filename", "file", "img", "name", "id", "idcode")
+LABEL = ("label", "labels", "diagnosis", "finding", "findinglabels", "dx", "target", "class",
          "category")
-GROUP = ("group", "patient", "patient_id", "lesion", "lesion_id", "case", "case_id", "subject")
+GROUP = ("group", "patient", "patientid", "lesion", "lesionid", "case", "caseid", "subject",
+         "subjectid")
 OTHER = ("index", "sex", "gender", "age")  # never labels
-UNCLEAR = {*UNKNOWN, "", "?", "unknown"}
+UNCLEAR = {*UNKNOWN, ""}
 
 # %% a table with image names and labels
 
@@ -60,7 +61,7 @@ def name_images(folder: Path) -> dict[str, list[str]]:
 def choose_columns(file: Path, header: list[str], lines: list[dict[str, str]],
                    args: argparse.Namespace) -> tuple[str, list[str], str, str]:
     """The columns of image, labels (several: 0/1 columns), group, split; "" where there is none."""
-    plain = {re.sub("[ -]", "_", name.lower()): name for name in reversed(header)}
+    plain = {re.sub("[ _-]", "", name.lower()): name for name in reversed(header)}
     values = {name: {line[name].lower() for line in lines} for name in header}
 
     def first(names: tuple[str, ...]) -> str:
@@ -85,6 +86,8 @@ def choose_columns(file: Path, header: list[str], lines: list[dict[str, str]],
 def convert_table(file: Path, args: argparse.Namespace) -> Table:
     """Any table with image names and labels as a labels.csv. Raises `DataError`."""
     header, lines = read_table(file)
+    lines = [(number, {name: re.sub(r"^(\d+)\.0$", r"\1", cell) for name, cell in line.items()})
+             for number, line in lines]  # 1.0 and 1 are one class, and one patient
     image, labels, group, split = choose_columns(file, header, [line for _, line in lines], args)
     print(f"images from {image}, labels from {', '.join(labels)}, groups from {group or 'none'}")
     several = any("|" in line[labels[0]] for _, line in lines)  # then an empty cell is an answer
@@ -187,9 +190,18 @@ def find_source(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
+def link_images(folder: Path, out: Path) -> Path:
+    """Make `out`, which holds the images of `folder` through a link."""
+    folder, link = folder.resolve(strict=True), out / folder.resolve().name
+    out.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.symlink_to(folder, target_is_directory=True)
+    return out
+
+
 def run_prepare(args: argparse.Namespace) -> None:
     """Find what tells the labels, write labels.csv, and show how it is read."""
-    source, out = args.table or find_source(args.data), args.data
+    source, out = args.table or find_source(args.data), args.out or args.data
     packed = source is not None and source.suffix.lower() == ".npz"
     if packed:
         out = args.out or source.with_suffix("")
@@ -200,6 +212,7 @@ def run_prepare(args: argparse.Namespace) -> None:
     if packed:
         table = unpack_medmnist(source, out)
     else:
+        args.data = link_images(args.data, args.out) if args.out else args.data
         table = convert_table(source, args) if source else list_dermofit(args.data)
     if source and source.name == ISIC:
         add_lesions(table, source.with_name(ISIC_FACTS))
@@ -223,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--label-column", metavar="NAME", action="append", help="several: 0/1 columns of classes")
     add("--group-column", metavar="NAME", help="such as the patient (default: by its name)")
     add("--skip-missing", action="store_true", help="leave out lines without image or clear label")
-    add("--out", type=Path, help="folder for MedMNIST's images (default: named like the file)")
+    add("--out", type=Path, help="folder for the table, or for MedMNIST's images (default: "
+        "the folder of the images, or one named like the file)")
     with clear_exit(DataError):
         run_prepare(parser.parse_args(argv))
 

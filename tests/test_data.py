@@ -84,8 +84,7 @@ def test_a_part_without_labels_beside_labelled_ones(tmp_path: Path, part: str) -
     assert f"the {part} part has no labels" in images.notes
 
 
-def test_hidden_and_odd_files_are_passed_over_and_classes_are_in_the_order_of_their_numbers(
-        tmp_path: Path) -> None:
+def test_hidden_files_are_passed_over_and_classes_stand_in_number_order(tmp_path: Path) -> None:
     put(tmp_path, "10/0.png", "10/.1.png", ".hidden/2.png", "10/.ipynb_checkpoints/3.png",
         "__MACOSX/10/0.png", "2/2024/may/0.JPG", "2/1.Tiff")
     for junk in ("10/._0.png", "10/Thumbs.db", ".DS_Store"):
@@ -93,7 +92,7 @@ def test_hidden_and_odd_files_are_passed_over_and_classes_are_in_the_order_of_th
     assert found(tmp_path) == [("10/0.png", "10"), ("2/1.Tiff", "2"), ("2/2024/may/0.JPG", "2")]
     assert read_images(tmp_path).classes == ["2", "10"]
     (note,) = read_images(tmp_path).notes
-    assert "deeper than their class folder" in note and "2/2024/may/0.JPG" in note
+    assert "deeper than the folder taken for" in note and "2/2024/may/0.JPG" in note
 
 
 def test_endings_that_pillow_opens_are_read(tmp_path: Path) -> None:
@@ -110,7 +109,9 @@ def test_endings_that_pillow_opens_are_read(tmp_path: Path) -> None:
     (["a/0.png", "a/scan.dcm", "b/x.nii.gz", "b/1.png"], ["not read", "1 .dcm", "1 .gz"]),
     (["a/0.png", "b/readme"], ["1 folders hold no images", "such as b"]),
     (["images/0.png", "masks/0.png"], ["taken for classes", "masks"]),
-    (["train_set/a/0.png", "test_set/a/0.png"], ["taken for classes", "train, val, test"]),
+    (["train_set/a/0.png", "testing_set/a/0.png"], ["2 folders are taken for classes"]),
+    (["0.png", "Labels.csv"], ["not read", "1 .csv"]),
+    (["a/0.png", *(f"a/0.x{i}" for i in range(10))], ["not read", "1 .x8, ..."]),
     (["p1/benign/0.png", "p2/malignant/1.png"], ["deeper", "p1/benign/0.png", "labels.csv"]),
     (["a/x.png", "a/x_mask.png", "b/y (1).png", "b/y (1)_mask_1.png"], ["2 images look like"]),
 ])
@@ -225,7 +226,8 @@ def test_labels_csv_with_few_labels_or_none(tmp_path: Path) -> None:
     ("image,label,age\na.png,cat,61\n", ["label, age", "known are"]),
     ("image,cat,age\na.png,1,61\n", ["line 2", "'age'", "'61'", "0 or 1"]),
     ("image,cat,dog\na.png,1,-1\n", ["line 2", "'dog'", "'-1'", "0 or 1"]),
-    ("image,label\na.png,cat\nb.png,NA\n", ["line 3", "'NA'", "leave it empty"]),
+    *((f"image,label\na.png,cat\nb.png,{word}\n", ["line 3", repr(word), "leave it empty"])
+      for word in ("NA", "-1.0", "Unknown", "?", "<NA>")),
     ("image,label\na.png,1\nb.png,1.0\n", ["'1' and '1.0'"]),
     ("file,label\na.png,cat\n", ["`image`", "file, label"]),
     ("image,cat,cat\na.png,1,0\n", ["distinct"]),
@@ -234,6 +236,7 @@ def test_labels_csv_with_few_labels_or_none(tmp_path: Path) -> None:
     ("image,label\na.png\n", ["line 2", "1 cells", "2"]),
     ("image,label\na.png,cat,x\n", ["line 2", "3 cells", "2"]),
     ("image,label,group\na.png,cat,p\nb.png,cat,\n", ["line 3", "group", "every"]),
+    ("image,label,group\na.png,cat,p\nb.png,cat,NaN\n", ["line 3", "group", "every"]),
     ("image,label,split\na.png,cat,dev\n", ["line 2", "'dev'", "train, val or test"]),
     ("image,label\n,cat\n", ["line 2", "no image"]),
     (b"image,label\na.png,caf\xe9\n", ["UTF-8"]),

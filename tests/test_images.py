@@ -95,6 +95,7 @@ def test_pngs_of_16_bits(tmp_path: Path, alpha: int | None) -> None:
 
 @pytest.mark.parametrize("values, tags, words", [
     (np.moveaxis(DEEP_COLOUR, 2, 0).reshape(DEEP_COLOUR.shape), {284: [2]}, ["planes 2", "3 x 16"]),
+    (np.repeat(COLOUR, 2, 2)[..., :5], {262: [1], 284: [2], 338: [0] * 4}, ["planes other than"]),
     (RAMP / 255.0, {}, ["1 x 64 bits", "floats"]),
     ((RAMP / 255).astype(np.float16), {}, ["1 x 16 bits", "floats"]),
     (np.repeat(COLOUR, 2, 2)[..., :5], {262: [1], 338: [0] * 4}, ["5 x 8 bits"]),
@@ -110,6 +111,15 @@ def test_tiffs_that_are_refused_are_told_what_they_are(tmp_path: Path, values: n
     said = str(error.value)
     assert all(word in said for word in [*words, "save it as"]), said
     assert said.count("x.tif") == 1 and "\n" not in said
+
+
+def test_a_bigtiff_too_is_told_what_it_is(tmp_path: Path) -> None:
+    entries = b"".join(struct.pack("<HHQQ", tag, 3, 1, value)
+                       for tag, value in ((256, 8), (257, 8), (262, 2), (277, 5)))
+    head = struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, 4)
+    (tmp_path / "x.tif").write_bytes(head + entries + bytes(8))
+    with pytest.raises(DataError, match="a TIFF of 1 x 1 bits.*photometric 2"):  # as it has no 258
+        load_image(tmp_path / "x.tif")
 
 
 # %% the usual

@@ -105,7 +105,7 @@ def test_several_labels_and_patients(tmp_path: Path, text: str, options: list[st
 
 
 @pytest.mark.parametrize("text, words, left", [
-    ("image,dx,patient\na,0,7\nb,0,7\nc,1,NA\nd,1,unknown\ne,nan,8\nf,Unknown,8\n",
+    ("image,dx,PatientID\na,0,7\nb,0.0,7.0\nc,1,NA\nd,1.0,unknown\ne,nan,8\nf,Unknown,8\n",
      "line 6 has no clear label", [("a.png", "0", "7"), ("b.png", "0", "7"),
                                    ("c.png", "1", "c.png"), ("d.png", "1", "d.png")]),
     ("image,x,y,sex\na,1,0,1\nb,-1,1,0\nc,0,1,1\n", "line 3 has no clear label in column 'x'",
@@ -218,14 +218,18 @@ def test_damaged_and_foreign_npz(tmp_path: Path, capsys) -> None:
 # %% the command
 
 
-def test_a_folder_that_must_not_be_written_to_is_linked(tmp_path: Path) -> None:
+def test_a_folder_that_must_not_be_written_to_is_linked(tmp_path: Path, capsys) -> None:
     folder = with_table(tmp_path / "set", "image,dx\na,cat\nb,dog\n", "x/a.png", "b.png")
-    before = contents(folder)
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "set").symlink_to(folder, target_is_directory=True)
-    run(tmp_path / "own", "--table", str(folder / "truth.csv"))
-    assert contents(folder) == before
-    assert rows(tmp_path / "own") == [("set/x/a.png", "cat", ""), ("set/b.png", "dog", "")]
+    out, before = tmp_path / "my" / "own", contents(folder)
+    for attempt in range(2):
+        run(folder, "--out", str(out))
+        assert contents(folder) == before
+        assert rows(out) == [("set/x/a.png", "cat", ""), ("set/b.png", "dog", "")]
+        (out / "labels.csv").unlink()
+    assert "gone" in sentence(capsys, lambda: run(tmp_path / "gone", "--out", str(out)))
+    masks = put(tmp_path / "derm", "AK/A1/A1.png", "AK/A1/A1mask.png")
+    run(masks, "--out", str(tmp_path / "its"))
+    assert rows(tmp_path / "its") == [("derm/AK/A1/A1.png", "AK", "derm/AK/A1")]
 
 
 def test_existing_labels_are_kept(tmp_path: Path, capsys) -> None:
