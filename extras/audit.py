@@ -13,6 +13,7 @@ other contrast, and neighbouring slices of one patient; not what was cropped or 
 import argparse
 import hashlib
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from data import (PARTS, DataError, ImageSet, Row, add_data_options, describe, load_image,
                   open_images, write_split)

@@ -7,6 +7,7 @@ compares all layers of a run's two networks, on test images.
 """
 
 import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from data import DataError, ImageRows, augmentation, make_loader
 from extras.features import read_networks

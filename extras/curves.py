@@ -8,9 +8,12 @@ One column a network, one row a quantity, one colour a run; epoch 0 is the untra
 """
 
 import json
+import sys
 from pathlib import Path
 
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from extras.pictures import LINES, draw_curves, draw_page, grid, words
 from runtime import UserError, clear_exit, command_parser

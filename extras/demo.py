@@ -4,24 +4,23 @@
     python -m extras.demo --full      # and DINO, feature maps, attention and CKA: five minutes
 
 It runs this project's own commands on the sample set of `extras/sample.py`, with two small networks
+from pathlib import Path
 from random weights. What each command prints goes into a log beside its run. The images are
 invented and the runs short: read its numbers as a rehearsal, not as a result.
 """
-
-import sys
-from pathlib import Path
-
-if not __package__:  # run by its path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import contextlib
 import csv
 import json
 import shlex
+import sys
 import textwrap
 import time
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 import cass
 import dino

@@ -8,6 +8,7 @@ their `classes` `(K,)`. To read it: `np.load("features.npz")["cnn"]`.
 """
 
 import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from data import (DataError, ImageCache, ImageRows, ImageSet, augmentation, good_rows, make_loader,
                   read_images, read_split, split_images)

@@ -7,6 +7,7 @@ As in the paper's figures 3, 4 and 6 to 13 (5.6.6, E.2, E.3); networks stand sid
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from data import DataError, ImageSet, Row, label_fraction, load_image, read_images, read_split
 from extras.features import plain_batches, read_networks

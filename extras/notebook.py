@@ -11,7 +11,10 @@ import argparse
 import ast
 import json
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from runtime import UserError, clear_exit, command_parser, write_text
 

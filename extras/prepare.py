@@ -15,6 +15,7 @@ names a folder that gets the table, and a link to DIR beside it. Known are:
 import argparse
 import csv
 import re
+import sys
 import unicodedata
 import zipfile
 from collections import defaultdict
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from data import (NO, PART_NAMES, PARTS, UNKNOWN, YES, DataError, describe, find_images,
                   read_images, read_table, split_images)

@@ -9,12 +9,15 @@ every fifth epoch to its log. Labels are used to look with: no network is traine
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from cass import cass_options, run_cass
 from data import DataError, ImageCache, ImageSet, open_images, read_images, read_split

@@ -10,12 +10,15 @@ machine with the same numpy and Pillow, and 20 images are the first 20 of 198.
 
 import argparse
 import math
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from runtime import UserError, clear_exit, command_parser, positive, seed_number
 

@@ -6,28 +6,26 @@ Our loops train on real files through the cache; plain loops, written out below,
 networks on batches in memory. All take turns in one process: what slows one down slows all.
 """
 
-import sys
-from pathlib import Path
-
-if not __package__:  # run by its path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 import copy
 import ctypes
 import gc
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import nn
 from torch.optim import Adam
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from cass import pretrain_cass
 from data import (DataError, ImageCache, ImageRows, ImageSet, add_data_options, augmentation,

@@ -20,6 +20,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
+
 from data import DataError, read_images, read_split, split_images
 from extras import speed
 from extras.paper import ARMS, ISIC, SIZES, SMALL, SMALL_TIMED, TABLES, TIMES

@@ -1,7 +1,9 @@
-"""extras/notebook.py: the notebook's cells run in their order, and hold all of the file."""
+"""extras/notebook.py: the notebook's cells run in their order, and hold all of the file; extras run
+by their path."""
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -50,3 +52,14 @@ def test_a_file_of_ones_own(tmp_path: Path, capsys) -> None:
     new = ["--out", str(tmp_path / "y.ipynb")]
     assert "no Python" in sentence(capsys, lambda: notebook.main([str(file), *new]))
     assert "gone.py" in sentence(capsys, lambda: notebook.main([str(tmp_path / "gone.py"), *new]))
+
+
+def test_extras_run_by_their_path_too(monkeypatch) -> None:
+    """Python then looks for modules in their own folder alone, beside the libraries."""
+    libraries = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
+    for file in sorted((ROOT / "extras").glob("*.py")):
+        monkeypatch.setattr(sys, "path", [str(file.parent), *libraries])
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").parent in (ROOT, file.parent):
+                monkeypatch.delitem(sys.modules, name)
+        runpy.run_path(str(file), run_name="by its path")
