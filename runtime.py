@@ -331,8 +331,10 @@ def _with_weights(create: Callable[..., nn.Module], outputs: int | None,
         raise UserError(f"{origin} are not on this machine and the model hub can't be reached; "
                         "take --init random, or carry files here for --init FOLDER") from None
     except (RuntimeError, KeyError, AttributeError, ValueError) as error:
-        raise UserError(f"{origin} can't be loaded as this network: "
-                        f"{' '.join(str(error).split())[:200]}") from None
+        words = " ".join(str(error).split())
+        missing = re.search(r'Missing key\(s\) in state_dict: "(.+?)"', words)
+        words = f"{missing[1]} is missing there" if missing else words[:200]
+        raise UserError(f"{origin} can't be loaded as {model.arch}: {words}") from None
     found, own = source.state_dict(), {}
     bad = [key for key, x in found.items() if not torch.isfinite(x).all()]
     if bad:
