@@ -190,6 +190,8 @@ def build_arms(args: argparse.Namespace) -> dict[str, nn.Module]:
                             checkpointing=args.checkpointing) for name, init in zip(names, inits)]
         if arms[0].num_classes == arms[1].num_classes > 0:
             break
+        print("note: the arms have {} and {} outputs: both get new heads of 1,000".format(
+            *(arm.num_classes for arm in arms)))
     return dict(zip(("cnn", "transformer"), arms))
 
 

@@ -270,6 +270,8 @@ def split_images(images: ImageSet, *, seed: int = 0,
         missing = [name for name in images.classes if name not in known]
         what = f"image of {', '.join(missing)}" if known or not here else "labels"
         notes += [f"the {part} part has no {what}"] * bool(missing)
+        if known and not images.labelled(images.part(part) or here):
+            notes.append(f"the {part} part has no labels; training images are put into it")
     return replace(images, rows=rows, notes=notes)
 
 

@@ -227,12 +227,14 @@ def test_options_do_what_the_functions_do(more: str, options: dict, pets: Path, 
 
 @pytest.mark.parametrize("cnn, vit, kept", [(7, 7, 7), (7, 5, 1000), (0, 0, 1000)])
 def test_arms_without_equally_many_outputs_get_new_heads(
-        cnn: int, vit: int, kept: int, pets: Path, tmp_path: Path) -> None:
+        cnn: int, vit: int, kept: int, pets: Path, tmp_path: Path, capsys) -> None:
     for name, outputs in (("test_resnet", cnn), ("test_vit", vit)):
         model = build_model(name, "random", 32, outputs=outputs)
         torch.save(model.state_dict(), tmp_path / f"{name}.pt")
     command("cass", pets, tmp_path / "out", f"--init {tmp_path} --batch-size 14")
     assert [len(saved.popitem()[1]) for saved in networks(tmp_path / "out")] == [kept, kept]
+    note = f"note: the arms have {cnn} and {vit} outputs: both get new heads of 1,000\n"
+    assert capsys.readouterr().out.count(note) == (kept == 1000)
 
 
 def test_collapse_is_said_once(pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -82,6 +82,10 @@ def test_a_part_without_labels_beside_labelled_ones(tmp_path: Path, part: str) -
     assert len(images.part(part)) == 2 and not images.labelled(images.part(part))
     assert len(images.labelled(images.rows)) == 4
     assert f"the {part} part has no labels" in images.notes
+    if part != "train":
+        images = split_images(read_images(class_folders(tmp_path / "train", bird=20).parent))
+        assert f"the {part} part has no labels; training images are put into it" in images.notes
+        assert len(images.labelled(images.part(part))) > 1
 
 
 def test_hidden_files_are_passed_over_and_classes_stand_in_number_order(tmp_path: Path) -> None:
