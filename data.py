@@ -21,7 +21,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -167,7 +167,8 @@ def read_table(file: Path, strip: bool = True) -> tuple[list[str], list[tuple[in
         raw = file.read_bytes()
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         first = next(filter(str.strip, text.splitlines()), "")
-        table = csv.reader(io.StringIO(text, newline=None), delimiter=max(",;\t", key=first.count))
+        mark = re.search("[,;\t]", re.sub('"[^"]*"', "", first) + ",")[0]
+        table = csv.reader(io.StringIO(text, newline=None), delimiter=mark)
         lines = [(table.line_num, cells) for cells in table if any(map(str.strip, cells))]
     except OSError as error:
         raise DataError(f"{file} can't be read: {error.strerror}") from None
@@ -320,13 +321,24 @@ def label_fraction(images: ImageSet, rows: list[Row], fraction: float, seed: int
     return [rows[i] for i in sorted(taken)]
 
 
-def write_split(file: Path, images: ImageSet) -> None:
-    """Write `split.csv`; fine-tuning reads it, so that no test image was ever seen."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # no number of ours begins so
+
+
+def write_csv(file: Path, lines: Iterable[Iterable]) -> None:
+    """Write CSV, whole or not at all. A text that a spreadsheet would run as a formula, or that
+    begins with a ', gets a ' in front, which `read_split` takes away again."""
     from runtime import aside
 
-    table = [(row.path, row.split, "|".join(row.labels), row.group) for row in images.rows]
     with aside(file) as new, open(new, "w", newline="", encoding="utf-8") as handle:
-        csv.writer(handle).writerows([("path", "split", "labels", "group"), *table])
+        for cells in lines:
+            texts = map(str, cells)
+            csv.writer(handle).writerow("'" * text.startswith(FORMULA) + text for text in texts)
+
+
+def write_split(file: Path, images: ImageSet) -> None:
+    """Write `split.csv`; fine-tuning reads it, so that no test image was ever seen."""
+    table = [(row.path, row.split, "|".join(row.labels), row.group) for row in images.rows]
+    write_csv(file, [("path", "split", "labels", "group"), *table])
 
 
 def read_split(file: Path, images: ImageSet, grow: bool = False) -> ImageSet:
@@ -335,7 +347,8 @@ def read_split(file: Path, images: ImageSet, grow: bool = False) -> ImageSet:
     _, table = read_table(file, strip=False)
     known, parts = {row.path: row for row in images.rows}, {}
     for number, line in table:
-        path, part, labels = (line.get(name, "") for name in ("path", "split", "labels"))
+        cells = [line.get(name, "").removeprefix("'") for name in ("path", "split", "labels")]
+        path, part, labels = cells
         where = f"{file} line {number}"
         require(path not in parts and part in PARTS,
                 f"{where} names {path!r} twice, or in part {part!r}; known are {', '.join(PARTS)}")

@@ -22,7 +22,6 @@
 
 import argparse
 import copy
-import csv
 import json
 import math
 import shlex
@@ -254,7 +253,7 @@ def tuned_images(args: argparse.Namespace, file: Path | None, window: Any) -> An
 
 def run_tuning(args: argparse.Namespace) -> None:
     """Fine-tune every network with every seed; write weights, scores and predictions."""
-    from data import ImageCache, begin_run
+    from data import ImageCache, begin_run, write_csv
     from runtime import Run, UserError, pick_hardware, read_network
 
     device, precision = pick_hardware(args)
@@ -292,7 +291,7 @@ def run_tuning(args: argparse.Namespace) -> None:
         if reached > highest:  # the weights of the seed that validation likes best are kept
             highest, best = reached, seeds[-1]
             loads = [run.save_network(f"{name}.pt", arm) for name, arm in arms.items()]
-    write_lines(run.folder / "predictions.csv", lines)
+    write_csv(run.folder / "predictions.csv", [lines[0], *map(dict.values, lines)])
     report(run, seeds, best, loads, images)
 
 
@@ -448,20 +447,6 @@ def prediction_lines(arms: dict[str, np.ndarray], chosen: str, images: Any, rows
     return lines
 
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # no number of ours begins so
-
-
-def write_lines(file: Path, lines: list[dict]) -> None:
-    """Write dicts of the same keys as CSV, whole or not at all. A text that a spreadsheet would
-    run as a formula gets a ' in front."""
-    from runtime import aside
-
-    with aside(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
-        table = csv.writer(handle)
-        for cells in (lines[0].keys(), *(line.values() for line in lines)):
-            table.writerow(["'" * str(cell).startswith(FORMULA) + str(cell) for cell in cells])
-
-
 def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
     """The files of fine-tuned networks, what the first holds, and the name of the chosen one."""
     from runtime import UserError, network_files, read_config, read_network
@@ -505,7 +490,7 @@ def predicted_images(path: Path, saved: dict, skip_bad: bool) -> tuple[Any, list
 
 def run_prediction(args: argparse.Namespace) -> None:
     """Classify a folder of images, and score the answers where it is labelled."""
-    from data import ImageRows, augmentation, make_loader
+    from data import ImageRows, augmentation, make_loader, write_csv
     from metrics import score
     from runtime import UserError, load_network, pick_hardware, write_text
 
@@ -537,7 +522,8 @@ def run_prediction(args: argparse.Namespace) -> None:
         write_text(out.with_name("result.json"), json.dumps(scores, indent=1) + "\n")
         print(f"scores on {len(known)} labelled images, in result.json too")
         print_scores({name: summary([one]) for name, one in scores.items()})
-    write_lines(out, prediction_lines(arms, chosen, images, images.rows, {}))
+    lines = prediction_lines(arms, chosen, images, images.rows, {})
+    write_csv(out, [lines[0], *map(dict.values, lines)])
     print(f"wrote {len(images.rows)} predictions to {out}")
 
 

@@ -19,7 +19,7 @@ from typing import Callable, Iterator
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -173,7 +173,7 @@ def load_image(path: str | Path, window: tuple[float, float] | None = None) -> I
         image = Image.fromarray((255 * values).round().astype(np.uint8))
     image = image.convert("RGB")
     if alpha and len(set(alpha.getextrema())) > 1:
-        image = Image.composite(image, Image.new("RGB", image.size), alpha)
+        image.paste(0, mask=ImageChops.invert(alpha))  # in place: large ones fill the memory
     return image
 
 
@@ -402,7 +402,11 @@ class ImageCache:
     def __getitem__(self, path: str) -> Image.Image:
         # Mapped anew each time: a map does not survive the way to a worker process.
         offset = self.index[path] * int(np.prod(self.shape))
-        return Image.fromarray(np.memmap(self.file, np.uint8, "r", offset, self.shape))
+        try:
+            return Image.fromarray(np.memmap(self.file, np.uint8, "r", offset, self.shape))
+        except (OSError, ValueError):
+            raise DataError(f"{self.file} was removed or cut off while in use; the next run makes "
+                            "it anew") from None
 
     def _build(self, images: ImageSet, whole: int, workers: int) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

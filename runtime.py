@@ -438,8 +438,11 @@ def aside(path: Path) -> Iterator[Path]:
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(file, path)
-    except RuntimeError as error:  # of torch's zip writer, in place of the system's
-        raise OSError(f"{path} can't be written; is the disk full? ({error})") from None
+    except RuntimeError as error:
+        if "worker" in str(error):  # of the loader, which was killed meanwhile
+            raise
+        raise OSError(f"{path} can't be written: the disk is full, or its folder is gone or "
+                      "read-only") from None  # torch's zip writer speaks of its own workings
     finally:
         file.unlink(missing_ok=True)
 
@@ -478,6 +481,8 @@ class Run:
         self.folder, self.columns, self.rows = folder, (*columns, "seconds"), []
         self.cost, self.saved_at = 0.0, time.perf_counter()  # of the last checkpoint
         options = json.loads(json.dumps(options, default=str))
+        self.fixed = {name: value for name, value in options.items()
+                      if name not in (*self.FREE, "epochs")}
         versions = {m.__name__: str(m.__version__) for m in (torch, torchvision, timm, np)}
         self.config = {"options": options, "command": command_line(), "finished": False,
                        "versions": {"python": sys.version.split()[0], **versions}}
@@ -537,17 +542,20 @@ class Run:
         for file in files:
             try:
                 state = read_tensors(file)
+                history, rows = state["history"], state["rows"][len(self.rows):]
+                assert state.get("options", self.fixed) == self.fixed
                 for part, value in zip(parts, state["parts"], strict=True):
                     part.load_state_dict(value)
                 torch.set_rng_state(state["random"][0])
                 for value in state["random"][1:2]:
                     torch.cuda.set_rng_state(value)
             except Exception:  # torch raises many kinds for a damaged file
-                print(f"{file} can't be read; looking for the one before it", file=sys.stderr)
+                print(f"{file} is damaged or of another run; looking for the one before it",
+                      file=sys.stderr)
                 continue
-            for row in state["rows"][len(self.rows):]:
+            for row in rows:
                 self._show(row)
-            return state["history"]
+            return history
         if files:
             raise UserError(f"no checkpoint in {self.folder} can be read; remove that folder")
         return []
@@ -569,7 +577,7 @@ class Run:
                             "checkpoint is intact; try a lower --lr or --precision fp32")
         with aside(self.folder / f"{name}.next") as file:
             torch.save({"history": history, "rows": self.rows, "parts": state,
-                        "random": random}, file)
+                        "random": random, "options": self.fixed}, file)
         if newest.exists():
             os.replace(newest, self.folder / f"{name}-prev.pt")
         os.replace(self.folder / f"{name}.next", newest)

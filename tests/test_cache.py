@@ -129,9 +129,12 @@ def test_file_of_a_wrong_length_is_made_anew(tmp_path: Path) -> None:
     (file,) = (tmp_path / "cache").iterdir()
     whole = file.read_bytes()
     for damaged in (whole[:-1], whole + b"x"):
-        file.write_bytes(damaged)
-        ImageCache(images, 8, tmp_path / "cache")
+        cache = ImageCache(images, 8, tmp_path / "cache")
         assert file.read_bytes() == whole
+        file.write_bytes(damaged)
+        if len(damaged) < len(whole):  # while it is in use
+            with pytest.raises(DataError, match="cut off while in use"):
+                cache["a/2.png"]
 
 
 # %% killed, crowded, full

@@ -2,6 +2,7 @@
 probabilities, and batches that follow from seed and epoch alone. Image files: test_images.py."""
 
 import os
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torchvision.transforms import v2
 
 import data
 from data import DataError, EpochBatches, ImageRows, ImageSet, Row, augmentation, make_loader
-from data import read_images, read_split, split_images, write_split
+from data import read_images, read_split, read_table, split_images, write_csv, write_split
 from helpers import class_folders, labels_csv, noise, put
 
 
@@ -211,6 +212,10 @@ def test_quoted_cells_groups_and_splits(tmp_path: Path) -> None:
     assert images.rows == [Row("x, y.png", ("B cells, others",), "p1", "train"),
                            Row("b.png", ('say "hi"',), "p2", "test")]
     assert images.notes == ["1 images that labels.csv does not name are left out, such as c.png"]
+    table = tmp_path / "table.csv"  # the separator is the first one, not the one seen most
+    write_csv(table, [["image", "cnn: a;b;c;d", "cnn: e"], ["x.png", 0.25, 0.75]])
+    assert read_table(table) == (["image", "cnn: a;b;c;d", "cnn: e"], [
+        (2, {"image": "x.png", "cnn: a;b;c;d": "0.25", "cnn: e": "0.75"})])
 
 
 def test_labels_csv_with_few_labels_or_none(tmp_path: Path) -> None:
@@ -341,12 +346,15 @@ def saved(file: Path, images: ImageSet) -> Path:
 
 def test_split_file_round_trip_even_through_a_spreadsheet(tmp_path: Path) -> None:
     images = image_set([("a, b", "c"), (), ("c",)] * 5, [f'p"{i // 3}' for i in range(15)])
+    for i, name in enumerate(("=1+1", "'=1+1", "@x", "+1", "-1")):  # no cell may be a formula
+        images.rows[i] = replace(images.rows[i], path=f"{name}/a.png", group=f"{name}")
     images.folder = tmp_path / "set"
     images = split_images(images)
     file = saved(tmp_path / "split.csv", images)
     bare = replace(images, rows=[replace(r, split="") for r in images.rows])
     assert read_split(file, bare).rows == images.rows
     assert file.read_text().splitlines()[0] == "path,split,labels,group"
+    assert not re.search(r'(^|[,"])[=+@-]', file.read_text(), re.MULTILINE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set", "split.csv"]
     images = replace(images, rows=[replace(r, labels=r.labels[:1]) for r in images.rows[1:]])
     write_split(file, images)

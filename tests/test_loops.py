@@ -197,7 +197,7 @@ def test_command_stopped_and_resumed_equals_one_in_a_piece(
         [file] = [file for file in out.glob("checkpoint*.pt") if "prev" not in file.name]
         file.write_bytes(file.read_bytes()[:5000])
     command(name, pets, out, halves[1], "--resume")
-    assert ("can't be read; looking for the one before" in capsys.readouterr().err) == damaged
+    assert ("looking for the one before" in capsys.readouterr().err) == damaged
     assert equal(results(out), undisturbed(name))
 
 

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,9 @@ def exits(call: Callable[[], object]) -> None:
         call()
 
 
-def fail(error: Exception) -> None:
-    raise error
+def fail(error: Exception, while_writing: Path | None = None) -> None:
+    with runtime.aside(while_writing) if while_writing else nullcontext():
+        raise error
 
 
 @pytest.mark.parametrize("call, words", [
@@ -51,6 +53,8 @@ def fail(error: Exception) -> None:
                                "deterministic implementation, but you set ...")), "--device cpu"),
     (lambda: fail(RuntimeError("In a worker\nunable to allocate shared memory(shm) for file </t>: "
                                "No space left on device")), "--shm-size=8g)"),
+    (lambda: fail(RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed."),
+                  while_writing=Path("cnn.pt")), "fewer --workers"),
     (lambda: fail(RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error. Are "
                                "workers out of shared memory?")), "--shm-size=8g)"),
     (lambda: next(iter(DataLoader([0], num_workers=1, collate_fn=lambda _: os.kill(
@@ -238,14 +242,22 @@ def begun(folder: Path, **options: object) -> Run:
     return run
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch) -> None:
+def test_a_checkpoint_with_code_or_parts_missing_or_of_another_run(tmp_path: Path, monkeypatch,
+                                                                   capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    run = begun(tmp_path)
+    run, other = begun(tmp_path / "a", seed=1), begun(tmp_path / "b", seed=2)
+    other.save([], [1.0])
     for history in ([0.5], [0.5, 0.25]):
         run.cost = 0  # of the last time, so that this time too it is saved
         run.save([], history)
-    torch.save({"history": [1.0], "hook": Code()}, tmp_path / "checkpoint.pt")
-    assert begun(tmp_path, resume=True).restore([]) == [0.5] and not Path("made").exists()
+    fine = torch.load("a/checkpoint.pt")
+    for state in (fine | {"hook": Code()}, {"history": [1.0]}, torch.load("b/checkpoint.pt")):
+        torch.save(state, "a/checkpoint.pt")
+        assert begun(tmp_path / "a", resume=True, seed=1).restore([]) == [0.5]
+        assert "looking for the one before it" in capsys.readouterr().err
+    torch.save(fine, "a/checkpoint.pt")
+    assert begun(tmp_path / "a", resume=True, seed=1).restore([]) == [0.5, 0.25]
+    assert not Path("made").exists()
 
 
 @pytest.mark.parametrize("write", [
@@ -263,7 +275,7 @@ def test_full_disk_leaves_what_was_there(write: Callable, tmp_path: Path, capsys
         said = sentence(capsys, lambda: exits(lambda: write(run)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "can't be written" in said or "too large" in said
+    assert "the disk is full" in said or "too large" in said
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
