@@ -18,6 +18,7 @@ import io
 import os
 import posixpath
 import re
+import textwrap
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -435,6 +436,8 @@ def training_loader(args: argparse.Namespace, images: ImageSet,
 def begin_run(run: Any, images: ImageSet, networks: dict[str, Any], hardware: tuple) -> None:
     """Begin a `runtime.Run` of `build_model`'s networks on these images: its config.json and
     split.csv, and notes for the user. Raises `DataError` if it began with other images."""
+    from runtime import SMALL_RUN
+
     split = run.folder / "split.csv"
     require(not run.resuming or read_split(split, images).rows == images.rows,
             f"the images in {images.folder} or their split have changed since {run.folder} began")
@@ -443,9 +446,12 @@ def begin_run(run: Any, images: ImageSet, networks: dict[str, Any], hardware: tu
               arms={name: network.arch for name, network in networks.items()},
               precision=str(precision))
     write_split(split, images)
-    origins = [network.origin for network in networks.values()]
-    for note in (*images.notes, *origins, f"{device}, {precision}"):
-        print(f"note: {note}")
+    notes = [*images.notes, *(network.origin for network in networks.values())]
+    notes.append(f"runs on {device} in {str(precision).removeprefix('torch.')}")
+    if device.type == "cpu" and max(network.image_size for network in networks.values()) >= 384:
+        notes.append(f"images of 384 pixels are a GPU's work, and no GPU is used: {SMALL_RUN}")
+    for note in notes:
+        print(textwrap.fill(f"note: {note}", 100, break_long_words=False, break_on_hyphens=False))
 
 
 def describe(images: ImageSet) -> Iterator[str]:

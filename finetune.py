@@ -134,7 +134,7 @@ def finetune_network(
         if history.index(min(history)) == epoch:
             best.load_state_dict(network.state_dict())
         log({"epoch": epoch + 1, "loss": loss, "validation_loss": history[-1],
-             "rate": optimizer.param_groups[0]["lr"]})
+             "learning_rate": optimizer.param_groups[0]["lr"]})
         save(parts, history)
     network.load_state_dict(best.state_dict())
     network.eval()
@@ -269,7 +269,7 @@ def run_tuning(args: argparse.Namespace) -> None:
     out = args.out or Path("runs", f"finetune-{source}-{args.labels:g}{linear}")
     if file and out.resolve() == file.resolve().parent:
         raise UserError(f"--out {out} holds the --weights, which must stay; choose another --out")
-    run = Run(out, vars(args), ("seed", "arm", "epoch", "loss", "validation_loss", "rate"))
+    run = Run(out, vars(args), ("seed", "arm", "epoch", "loss", "validation_loss", "learning_rate"))
     if run.finished:
         return print(f"{out} is finished; there is nothing to resume")
     arms = {name: new_network(args, start, len(images.classes), args.seed)
@@ -407,14 +407,14 @@ def report(run: Any, seeds: list[dict], best: dict, loads: list[str], images: An
     run.finish(chosen=best["chosen"])
     for file in run.folder.glob("checkpoint*"):
         file.unlink()
-    print(f"\ntest scores on {len(truth)} images, {len(seeds)} seed(s); chosen: by validation "
-          "images, oracle: in hindsight")
+    print(f"\nscores on {len(truth)} test images, seeds: {len(seeds)}; chosen: best on validation "
+          "images,\noracle: best on these test images, which one cannot know beforehand")
     print_scores(means | {"always the same answer": summary([guess])})
     for one in seeds:
         arm = one["arms"][one["chosen"]]
-        print(f"seed {one['seed']}: {one['chosen']} is chosen, {guess['headline_name']} "
-              f"{arm['test']['headline']:.3f}, {arm['interval'][0]:.3f} to "
-              f"{arm['interval'][1]:.3f} for other test images (95 %)")
+        print(f"seed {one['seed']}: {one['chosen']} is chosen, {guess['headline_name']} is "
+              f"{arm['test']['headline']:.3f}, 95 % interval {arm['interval'][0]:.3f} to "
+              f"{arm['interval'][1]:.3f}")
     print(f"\n{run.folder} holds result.json, predictions.csv and the weights of seed "
           f"{best['seed']}; timm loads them with")
     print("  " + "\n  ".join(loads))

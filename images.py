@@ -418,7 +418,7 @@ class ImageCache:
         dataset = ImageRows(images, rows, v2.Compose([resize, np.array]))
         loader = make_loader(dataset, 32, shuffle=False, workers=workers)
         aside = self.file.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        print(f"writing {len(rows)} images, {whole / 1e9:.1f} GB, to the cache {self.file}")
+        print(f"writing {len(rows)} images, {whole / 1e6:,.0f} MB, to the cache {self.file}")
         try:
             with open(aside, "wb") as file:
                 for batch in tqdm(loader, unit="batch", disable=not sys.stdout.isatty()):

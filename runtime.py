@@ -622,19 +622,27 @@ class Run:
             path.unlink(missing_ok=True)
 
 
+SMALL_RUN = ("smaller networks (--cnn resnet18 --transformer vit_tiny_patch16_224; dino.py: "
+             "--arch resnet18), a smaller --image-size (96) or fewer --epochs take less")
+
+
 def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str,
           images: int) -> Callable:
     """A `log` for pretraining on so many `images`: it adds what `look` sees to a row, keeps and
     shows it, and says what its numbers alone do not. `gauges` is a `metrics.Gauges`; `hint` ends
     its warnings."""
+    device = next(next(iter(gauges.networks.values())).parameters()).device.type
+    timed = 0 if device == "cpu" else 1  # the first steps on a GPU tell nothing of the others
+
     def log(row: dict) -> None:
         run.log(row | look(row["epoch"], gauges.networks))
-        if not row["epoch"]:  # 256 images went through; training takes three times as long
-            epochs = run.config["options"]["epochs"]
-            hours = run.rows[0]["seconds"] * 3 * epochs * max(1, images / 256) / 3600
-            tqdm.write(f"{epochs} epochs will take about " + (
-                f"{hours / 24:.0f} days; see README, Your images, for less" if hours > 36 else
-                f"{hours:.0f} hours" if hours > 1.5 else f"{60 * hours:.0f} min"))
+        if row["epoch"] == timed:  # in row 0 256 images went through; training takes 3 times that
+            share, epochs = 1 if timed else 3 * max(1, images / 256), run.config["options"]["epochs"]
+            hours = run.rows[-1]["seconds"] * share * epochs / 3600
+            tqdm.write(textwrap.fill(f"{epochs} epoch{'s' * (epochs > 1)} will take about " + (
+                f"{hours / 24:.0f} days" if hours > 36 else f"{hours:.0f} hours" if hours > 1.5 else
+                f"{max(1, 60 * hours):.0f} min") + f" here; {SMALL_RUN}" * (hours > 1.5), 100))
+        if not row["epoch"]:
             return
         for sentence in gauges.warnings(row, run.rows[0]):
             tqdm.write(textwrap.fill(f"warning: {sentence}; {hint}", 100))

@@ -105,24 +105,25 @@ def draw_page(title: str, text: str, columns: list[list[str | Image.Image]]) -> 
 def draw_curves(curves: Sequence[Sequence[tuple[float, float]]], name: str, most: float = 0,
                 log: bool = False) -> Image.Image:
     """Curves of points (epoch, y) in the colours of `LINES`; `name` is that of y, which runs from 0
-    or below to `most` or above. `log`: on a log scale, from its lowest value above 0."""
+    or below to `most` or above. `log`: on a log scale, without values that are 0."""
     if log:
         curves = [[(x, math.log10(y)) for x, y in curve if y > 0] for curve in curves]
         name += ", log scale"
     last = max([x for curve in curves for x, _ in curve], default=0) or 1
     ys = [y for curve in curves for _, y in curve] or [0]
-    low = min(ys) if log else min(0, *ys)
-    high = max(ys) if log else max(most, *ys)
+    low = math.floor(min(ys)) if log else min(0, *ys)
+    high = math.ceil(max(ys)) if log else max(most, *ys)
     high = high if high > low else low + 1
+    marks = range(low, high + 1, 1 + (high - low) // 10) if log else (low, (low + high) / 2, high)
     page = Image.new("RGB", (760, 400), "white")  # halved below, so that slopes are smooth
 
     def at(x: float, y: float) -> tuple[float, float]:
         return 140 + 590 * x / last, 326 - 270 * (y - low) / (high - low)
 
-    for share in (0, 0.5, 1):
-        x, y = share * last, low + share * (high - low)
+    for y in marks:
         ImageDraw.Draw(page).line([at(0, y), at(last, y)], (220, 220, 220), 2)
         write(page, (130, at(0, y)[1]), f"{10 ** y if log else y:.3g}", "rm", size=24)
+    for x in (0, last / 2, last):
         write(page, (at(x, low)[0], 338), f"{x:g}", "ma", size=24)
     write(page, (10, 10), name, "la", size=26)
     write(page, (435, 400), "epoch", "md", size=24)

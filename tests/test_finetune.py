@@ -190,7 +190,7 @@ def test_early_stopping_restores_the_best_epoch(script, losses, patience, best) 
                      "validation_loss": losses[best - 1]}
     assert equal(state(network), seen[best - 1]) and not network.training
     assert [row["validation_loss"] for row in rows] == list(losses) and len(seen) == epochs
-    assert [(row["epoch"], row["rate"]) for row in rows] == list(enumerate(rates, 1))
+    assert [(row["epoch"], row["learning_rate"]) for row in rows] == list(enumerate(rates, 1))
 
 
 def test_evaluate_is_the_mean_over_images_of_uneven_batches() -> None:
