@@ -294,3 +294,11 @@ def test_public_names_are_unique_and_no_file_needs_a_method() -> None:
         modules = re.findall(r"^ *(?:from|import) (\w+)", file.read_text(encoding="utf-8"), re.M)
         assert not {"__future__", "extras", "tests", *METHODS} & set(modules), file
     assert {name: files for name, files in owners.items() if len(files) > 1} == {}
+
+
+@pytest.mark.parametrize("size, noted", [(384, True), (64, False)])
+def test_large_images_without_a_gpu_are_noted_before_training(size: int, noted: bool, pets: Path,
+                                                              tmp_path: Path, capsys) -> None:
+    command("cass", pets, tmp_path, f"--image-size {size} --device cpu")
+    before, _, _ = capsys.readouterr().out.partition("cosine")  # the title of a column
+    assert ("a GPU's work" in before and "resnet18" in before) == noted

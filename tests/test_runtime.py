@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -28,7 +29,7 @@ import runtime
 from data import DataError
 from helpers import equal, sentence
 from runtime import (Run, UserError, build_model, clear_exit, load_network, pick_device,
-                     pick_precision, pick_workers, read_network)
+                     pick_precision, pick_workers, read_network, watch)
 
 # %% the way out
 
@@ -345,3 +346,16 @@ def test_checkpointing_keeps_fewer_activations_and_the_same_gradients() -> None:
     assert kept[True] < kept[False] / 2 and equal(*gradients)
     with pytest.raises(UserError, match="no --checkpointing for coat_tiny"):
         build_model("coat_tiny", "random", 64, checkpointing=True)
+
+
+@pytest.mark.parametrize("seconds, images, epochs, said", [
+    (600, 2560, 100, "100 epochs will take about 21 days here; smaller networks (--cnn resnet18"),
+    (2, 10, 1, "1 epoch will take about 1 min\n")])
+def test_a_run_says_how_long_it_takes_and_what_takes_less(seconds: float, images: int, epochs: int,
+                                                          said: str, capsys) -> None:
+    rows = []
+    run = SimpleNamespace(log=lambda row: rows.append(row | {"seconds": seconds}), rows=rows,
+                          config={"options": {"epochs": epochs}})
+    gauges = SimpleNamespace(networks={"cnn": nn.Linear(1, 1)})
+    watch(run, gauges, lambda epoch, networks: {}, "", images)({"epoch": 0})
+    assert capsys.readouterr().out.startswith(said)
