@@ -1,6 +1,7 @@
 """Image files: each is read as it means it, or refused with one sentence. The forms are written
 by hand (helpers.tiff, helpers.png); a reference reader gives for each the values put in."""
 
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 from PIL import Image
 
 import data
+import finetune
+import images as image_files
 from data import DataError, ImageSet, load_image, read_images, split_images, with_window
-from helpers import class_folders, noise, png, put, tiff
+from helpers import class_folders, command, noise, png, put, tiff
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], 2)
@@ -250,6 +253,20 @@ def test_batches_and_cache_are_seen_through_the_window(two_levels: Path, tmp_pat
         assert means[:4].max() + 2 < means[4:].min()
     data.ImageCache(with_window(images, (0, 4000)), 16, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2  # another window, another cache
+
+
+def test_the_window_of_pretraining_is_kept_up_to_prediction(
+        two_levels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pre, tuned, seen = tmp_path / "pre", tmp_path / "tuned", set()
+    monkeypatch.setattr(image_files, "load_image", lambda file, window=None: (
+        seen.add(window), load_image(file, window))[1])
+    command("cass", two_levels, pre, "--window 0,5000")
+    command("finetune", two_levels, tuned, "--weights", pre)
+    finetune.main(["--predict", str(two_levels / "test" / "light"), "--weights", str(tuned),
+                   "--workers", "0", "--out", str(tmp_path / "new")])
+    assert seen == {(0, 5000)}
+    for run in (pre, tuned):
+        assert json.loads((run / "config.json").read_text())["window"] == [0, 5000]
 
 
 def test_images_of_8_bits_have_no_window(tmp_path: Path) -> None:
