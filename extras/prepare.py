@@ -197,17 +197,16 @@ def link_images(folder: Path, out: Path) -> Path:
     """Make `out`, which holds the images of `folder` through a link."""
     folder, link = folder.resolve(strict=True), out / folder.resolve().name
     out.mkdir(parents=True, exist_ok=True)
-    if not link.exists():
+    if link.resolve() != folder:
         link.symlink_to(folder, target_is_directory=True)
     return out
 
 
 def run_prepare(args: argparse.Namespace) -> None:
     """Find what tells the labels, write labels.csv, and show how it is read."""
-    source, out = args.table or find_source(args.data), args.out or args.data
+    source = args.table or find_source(args.data)
     packed = source is not None and source.suffix.lower() == ".npz"
-    if packed:
-        out = args.out or source.with_suffix("")
+    out = args.out or (source.with_suffix("") if packed else args.data)
     file = out / "labels.csv"
     if file.exists():
         raise DataError(f"{file} is there already; give it another name, and name it with --table "
@@ -219,9 +218,13 @@ def run_prepare(args: argparse.Namespace) -> None:
         table = convert_table(source, args) if source else list_dermofit(args.data)
     if source and source.name == ISIC:
         add_lesions(table, source.with_name(ISIC_FACTS))
-    if table:
-        with open(file, "w", newline="", encoding="utf-8") as handle:
-            csv.writer(handle, lineterminator="\n").writerows(table)
+    try:
+        if table:
+            with open(file, "w", newline="", encoding="utf-8") as handle:
+                csv.writer(handle, lineterminator="\n").writerows(table)
+    except OSError as error:
+        raise DataError(f"{file} can't be written ({error.strerror}); --out names a folder of your "
+                        "own") from None
     print(f"wrote {file}" if table else "folders tell the labels: nothing to do")
     try:
         print("so it is read:", *describe(split_images(read_images(out))), sep="\n")

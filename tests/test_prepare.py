@@ -221,6 +221,12 @@ def test_damaged_and_foreign_npz(tmp_path: Path, capsys) -> None:
 def test_a_folder_that_must_not_be_written_to_is_linked(tmp_path: Path, capsys) -> None:
     folder = with_table(tmp_path / "set", "image,dx\na,cat\nb,dog\n", "x/a.png", "b.png")
     out, before = tmp_path / "my" / "own", contents(folder)
+
+    def refuse(file: Path, mode: str, **rest: object) -> object:
+        raise PermissionError(13, "Permission denied", str(file))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "open", refuse, raising=False)
+        assert "Permission denied); --out" in sentence(capsys, lambda: run(folder))
     for attempt in range(2):
         run(folder, "--out", str(out))
         assert contents(folder) == before
