@@ -12,6 +12,7 @@ invented and the runs short: read its numbers as a rehearsal, not as a result.
 import contextlib
 import csv
 import json
+import re
 import shlex
 import sys
 import textwrap
@@ -31,8 +32,7 @@ from images import load_image
 from runtime import UserError, clear_exit, command_parser, seed_number
 
 GAUGES = ("loss", "cnn_cosine", "cnn_rank", "transformer_cosine", "transformer_rank")
-OWN = """
-Your own folder DIR of images (README, Your images, says which networks suit a CPU):
+OWN = """{}. Your own folder DIR of images (README, Your images, says which networks suit a CPU):
   python data.py --data DIR                      # how is it read?
   python cass.py --data DIR --epochs 100         # two pretrained networks, no labels needed
   python finetune.py --data DIR --weights runs/cass-DIR --labels 0.1
@@ -43,9 +43,10 @@ def run(command, arguments: str, log: Path) -> None:
     """Show a command as a user would type it, and run it with its output in a file."""
     name = command.__name__
     start = f"python -m {name}" if "." in name else f"python {name}.py"
-    lines = textwrap.wrap(f"$ {start} {arguments}", 96, subsequent_indent="      ",
-                          break_long_words=False, break_on_hyphens=False)
-    print(" \\\n".join(lines), flush=True)
+    text = f"$ {start} " + re.sub(r"(--\S+) (?!-)", "\\1\u00a0", arguments)  # on one line
+    lines = textwrap.wrap(text, 96, subsequent_indent="      ", break_long_words=False,
+                          break_on_hyphens=False)
+    print(" \\\n".join(lines).replace("\u00a0", " "), flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         command.main(shlex.split(arguments))
@@ -54,10 +55,11 @@ def run(command, arguments: str, log: Path) -> None:
 def show_log(folder: Path) -> None:
     """Four rows of a pretraining run's log."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    print("   epoch" + "".join(f"{name.replace('_', ' '):>19}" for name in GAUGES))
+    print("   epoch   " + "   ".join(GAUGES).replace("_", " "))
     for row in (rows[0], rows[1], rows[len(rows) // 2], rows[-1]):
-        cells = ["-" if row[name] is None else f"{row[name]:.3f}" for name in GAUGES]
-        print(f"   {row['epoch']:5d}" + "".join(f"{cell:>19}" for cell in cells))
+        cells = {name: "-" if row[name] is None else f"{row[name]:.3f}" for name in GAUGES}
+        line = "".join(f"{cell:>{len(name) + 3}}" for name, cell in cells.items())
+        print(f"   {row['epoch']:5d}{line}")
 
 
 def sheet(images: Path, captions: dict[str, str], file: Path) -> None:
@@ -76,21 +78,30 @@ def read_table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def show_scores(folder: Path, names: list[str]) -> None:
+def show_scores(folder: Path) -> None:
     """Macro F1 of fine-tuned runs, and of the same answer for every image."""
-    print(f"   {'':24}{'CNN':>16}{'Transformer':>18}")
-    for name in names:
-        result = json.loads((folder / name / "result.json").read_text(encoding="utf-8"))
-        scores = [result["mean_sd_n"][arm]["macro F1"] for arm in list(result["mean_sd_n"])[:2]]
-        print(f"   {name:24}" + "".join(f"{m:10.3f} +- {sd:.3f}" for m, sd, _ in scores))
+    print(f"   {'mean +- spread of three':32}{'CNN':>16}{'Transformer':>18}")
+    rows = []
+    for run_name, title in (("few-contrast", "learned with contrast (step 3)"),
+                            ("few-cosine", "collapsed (step 2)"), ("few-scratch", "from scratch")):
+        result = json.loads((folder / run_name / "result.json").read_text(encoding="utf-8"))
+        rows.append([result["mean_sd_n"][arm]["macro F1"][:2] for arm in result["seeds"][0]["arms"]
+                     if arm != "ensemble"])
+        print(f"   {title:32}" + "".join(f"{mean:9.3f} +- {sd:.3f}" for mean, sd in rows[-1]))
     guess = result["guess"]["threshold_0.5"]["f1_macro"]
-    print(f"   {'always the same answer':24}{guess:10.3f}{guess:18.3f}")
+    print(f"   {'the same answer for all':32}{guess:9.3f}{guess:18.3f}")
+    line = f"   {'step 3 minus from scratch':32}"
+    for (learned, sd), (scratch, other_sd) in zip(rows[0], rows[-1]):
+        sign = ">" if learned - scratch > max(sd, other_sd) else "<"
+        line += f"{learned - scratch:+9.3f} {sign} spread"
+    print(line)
 
 
 def tell_story(folder: Path, seed: int, full: bool) -> None:
     """Run everything into `folder`."""
     slides, new = folder / "slides", folder / "new"
-    setting = f"--data {slides} --cache {folder / 'cache'} --seed {seed} --init random --image-size 64"
+    setting = (f"--data {slides} --cache {folder / 'cache'} --seed {seed} --init random "
+               "--image-size 64")
     arms = "--cnn resnet10t --transformer test_vit --batch-size 32 --epochs 12"
 
     print("\n1. The images: invented slides of seven patients, with cells in five stains")
@@ -100,11 +111,12 @@ def tell_story(folder: Path, seed: int, full: bool) -> None:
     sheet(slides, {line["image"]: ", ".join(name for name in names if line[name] == "1")
                    for line in lines}, folder / "slides.png")
 
-    for title, loss in (
-            ("2. The paper's loss, from random weights: it falls, but cosine rises to 1, which means\n"
-             "   that all images get the same output. Nothing was learned: this is collapse", "cosine"),
-            ("3. Same networks, images and time; now each image must recognise its own output among\n"
-             "   those of others. Cosine stays away from 1, rank (directions in use) high", "contrast")):
+    collapses = ("2. The paper's loss from random weights: it falls, but cosine rises to 1, all\n"
+                 "   images get one output, and nothing is learned: this is "
+                 "collapse (epoch 0: untrained)")
+    holds = ("3. Same networks, images, time; now each image must recognise its own output among\n"
+             "   those of others. Cosine stays below 1 and rank, the directions in use, high")
+    for title, loss in ((collapses, "cosine"), (holds, "contrast")):
         print(f"\n{title}")
         run(cass, f"{setting} {arms} --loss {loss} --out {folder / loss}", folder / f"{loss}.log")
         show_log(folder / loss)
@@ -112,15 +124,16 @@ def tell_story(folder: Path, seed: int, full: bool) -> None:
         f"--out {folder / 'curves.png'}", folder / "curves.log")
     print(f"   look at {folder / 'curves.png'}")
 
-    print("\n4. A tenth of the labels, drawn three times: a linear classifier on each pretraining's\n"
-          "   features, and training from scratch. Macro F1 on other patients, mean +- spread")
-    few = f"{setting} --labels 0.1 --seeds 3 --schedule run"
+    print("\n4. About ten labelled images, drawn three times: a linear classifier on what was\n"
+          "   learned, and training from scratch; macro F1 on another patient's slides. Look at "
+          "the\n   Transformer: a CNN sees colours without any learning, so it may gain nothing here")
+    few = f"{setting} --labels 0.05 --seeds 3 --schedule run --epochs 40"
     for loss in ("contrast", "cosine"):
-        run(finetune, f"{few} --weights {folder / loss} --protocol linear --lr 5e-3 --epochs 20 "
+        run(finetune, f"{few} --weights {folder / loss} --protocol linear --lr 5e-3 "
             f"--out {folder / 'few'}-{loss}", folder / f"few-{loss}.log")
-    run(finetune, f"{few} --arch resnet10t --arch test_vit --lr 1e-3 --epochs 40 "
+    run(finetune, f"{few} --arch resnet10t --arch test_vit --lr 1e-3 "
         f"--out {folder / 'few-scratch'}", folder / "few-scratch.log")
-    show_scores(folder, ["few-contrast", "few-cosine", "few-scratch"])
+    show_scores(folder)
 
     print("\n5. Eight new slides of other patients, and what the networks of step 4 answer")
     run(sample, f"{new} --images 8 --seed {seed + 1}", folder / "new.log")
@@ -167,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.out.exists():
             raise UserError(f"{args.out} is there already; choose another --out, or remove it")
         tell_story(args.out, args.seed, args.full)
-    print(f"{OWN}\n\n{(time.perf_counter() - begun) / 60:.1f} minutes; all is in {args.out}")
+    print(f"\n{OWN.format(8 if args.full else 6)}\n")
+    print(f"{(time.perf_counter() - begun) / 60:.1f} minutes; all is in {args.out}")
 
 
 if __name__ == "__main__":
