@@ -126,7 +126,8 @@ def tell_story(folder: Path, seed: int, full: bool) -> None:
 
     print("\n4. About ten labelled images, drawn three times: a linear classifier on what was\n"
           "   learned, and training from scratch; macro F1 on another patient's slides. Look at "
-          "the\n   Transformer: a CNN sees colours without any learning, so it may gain nothing here")
+          "the\n   Transformer: a CNN sees colours without any learning, so it may gain "
+          "nothing here")
     few = f"{setting} --labels 0.05 --seeds 3 --schedule run --epochs 40"
     for loss in ("contrast", "cosine"):
         run(finetune, f"{few} --weights {folder / loss} --protocol linear --lr 5e-3 "
