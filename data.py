@@ -387,8 +387,8 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> 
         help="shares of training, validation and test where the folder has no split of its own "
              "(paper: 0.7,0.1,0.2; its first version: 0.8,0.1,0.1)")
     add("--split-seed", type=int, default=0, help="fixes the split (default: %(default)s)")
-    add("--split-file", type=Path, metavar="FILE", help="take the parts from a split.csv (of a run, "
-        "or of extras.audit); images it does not name are left out")
+    add("--split-file", type=Path, metavar="FILE", help="take the parts from a split.csv, of a run "
+        "or of extras.audit; images it does not name are left out")
     add("--window", type=window, default="auto", metavar="auto|image|LOW,HIGH",
         help="range of intensities in which images of more than 8 bits are shown; auto: one for "
              "all, of the training part; image: of each its own (paper: 8 bits)")

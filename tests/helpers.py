@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import cass
 import dino
 import finetune
-from data import read_images, split_images, write_split
+from data import DataError, read_images, split_images, write_split
 from runtime import Run, build_model
 
 
@@ -76,9 +76,11 @@ def png(file: Path, pixels: np.ndarray, key: int | None = None) -> None:
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
-    if key is not None:
-        chunks.insert(1, (b"tRNS", struct.pack(">H", key) * channels))
+    keys = [] if key is None else [(b"tRNS", struct.pack(">H", key) * channels)]
+    png_chunks(file, (b"IHDR", header), *keys, (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+
+
+def png_chunks(file: Path, *chunks: tuple[bytes, bytes]) -> None:
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks))
@@ -120,6 +122,15 @@ def sentence(capsys: pytest.CaptureFixture, call: Callable[[], object]) -> str:
         code = stopped.code
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, (code, said)
+    return said
+
+
+def complaint(call: Callable[[], object], *words: str) -> str:
+    """What the `DataError` says that `call` raises: one line with all the `words`."""
+    with pytest.raises(DataError) as error:
+        call()
+    said = str(error.value)
+    assert all(word in said for word in words) and "\n" not in said, said
     return said
 
 
