@@ -61,6 +61,8 @@ def clear_exit(*errors: type[Exception], resumable: bool = False) -> Iterator[No
     on stderr and exit code 2; Ctrl-C and SIGTERM in exit code 130 and a line on how to go on."""
     if threading.current_thread() is threading.main_thread():  # Python allows it only there
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):  # not all names can be shown, as in a Windows console
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (KeyboardInterrupt, UserError, OSError, RuntimeError, MemoryError, *errors) as error:

@@ -1,5 +1,6 @@
 """runtime.py: one clear exit, start weights of every make, and the folder that a run leaves."""
 
+import io
 import json
 import math
 import os
@@ -67,6 +68,13 @@ def test_what_a_user_can_mend_is_one_sentence(call: Callable, words: str, capsys
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="a bug"), ThreadPoolExecutor() as pool:
         pool.submit(exits, lambda: fail(RuntimeError("a bug"))).result()  # a thread: no signals
+
+
+def test_a_console_without_the_letters_of_a_name(monkeypatch) -> None:
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    exits(lambda: print("é \u732b", flush=True))
+    assert console.buffer.getvalue() == "é \\u732b\n".encode("cp1252")
 
 
 def test_stopped_from_outside(capsys) -> None:
