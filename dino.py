@@ -311,7 +311,7 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
         watched(row)
         if row["epoch"] and row["kl"] < 0.01 <= run.rows[-2]["kl"]:
             way = "one output wins" if row["entropy"] < math.log(args.out_dim) / 2 else "all alike"
-            tqdm.write(f"warning: the teacher now gives the same output for every image ({way}), "
+            tqdm.write(f"warning: the teacher now gives the same output for every image ({way}),\n"
                        "so the loss does not show that anything is learned")
 
     if not run.resuming:

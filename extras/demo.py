@@ -1,7 +1,7 @@
 """The whole story in about two minutes: synthetic slides, both losses, few labels, predictions.
 
     python -m extras.demo
-    python -m extras.demo --full      # and DINO, feature maps, attention and CKA: five minutes
+    python -m extras.demo --full      # and DINO, feature maps, attention and CKA: a minute more
 
 It runs this project's own commands on the sample set of `extras/sample.py`, with two small networks
 from pathlib import Path
@@ -156,7 +156,7 @@ def show_more(folder: Path, setting: str) -> None:
             f"--out {folder / 'dino'}-{arch}", folder / f"dino-{arch}.log")
     print("\n7. Where the Transformer looks, what the CNN's first layers see, and how alike their\n"
           "   layers are (linear CKA), collapsed and not")
-    image = next((folder / "slides" / "images").iterdir())
+    image = folder / "slides" / "images" / "synthetic-001.tif"
     run(maps, f"--weights {folder / 'cosine'} --weights {folder / 'contrast'} --image {image} "
         f"--image-size 384 --out {folder / 'maps'}", folder / "maps.log")
     for loss in ("cosine", "contrast"):
