@@ -4,7 +4,6 @@
     python -m extras.demo --full      # and DINO, feature maps, attention and CKA: a minute more
 
 It runs this project's own commands on the sample set of `extras/sample.py`, with two small networks
-from pathlib import Path
 from random weights. What each command prints goes into a log beside its run. The images are
 invented and the runs short: read its numbers as a rehearsal, not as a result.
 """
