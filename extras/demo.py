@@ -149,7 +149,8 @@ def tell_story(folder: Path, seed: int, full: bool) -> None:
 
 def show_more(folder: Path, setting: str) -> None:
     """DINO, feature maps, attention and CKA."""
-    print("\n6. DINO, the method CASS is compared with, for the same two networks one by one")
+    print("\n6. DINO, the method CASS is compared with, one network at a time: five\n"
+          "   epochs, to see it run and what it leaves, too few to judge it")
     for arch in ("resnet10t", "test_vit"):
         run(dino, f"{setting} --arch {arch} --out-dim 1024 --batch-size 32 --epochs 5 "
             f"--out {folder / 'dino'}-{arch}", folder / f"dino-{arch}.log")
@@ -161,6 +162,7 @@ def show_more(folder: Path, setting: str) -> None:
     for loss in ("cosine", "contrast"):
         run(cka, f"--weights {folder / loss} --data {folder / 'slides'} "
             f"--out {folder / 'cka'}-{loss}", folder / f"cka-{loss}.log")
+    print(f"   look at the pictures in {folder / 'maps'}, {folder / 'cka'}-cosine and -contrast")
 
 
 def main(argv: list[str] | None = None) -> None:
