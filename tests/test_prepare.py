@@ -120,7 +120,8 @@ def test_cells_without_a_value_are_no_class_and_no_patient(tmp_path: Path, text:
 
 def test_names_of_every_kind(tmp_path: Path) -> None:
     found = {"a b/été 1.PNG": "e\u0301te\u0301 1",  # accents as a Mac writes them
-             "a b/脳/２.png": "\uff12.png", "опухоль.jpg": "опухоль", "v1.2/x.y.png": "x.y"}
+             "a b/脳/２.png": "\uff12.png", "опухоль.jpg": "опухоль",
+             "v1.2/x.y.png": "x.y"}
     put(tmp_path, *found, ".ipynb_checkpoints/x-checkpoint.jpg", "a b/._été 1.PNG")
     (tmp_path / ".ipynb_checkpoints" / "truth-checkpoint.csv").write_text("no,table\n")
     table = "image,label\n" + "".join(f"{x},двa b\n" for x in found.values())
