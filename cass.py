@@ -99,7 +99,7 @@ def pretrain_cass(
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     parts = [*arms, *optimizers, *averages, scaler]  # all that changes while training
     history, steps = restore(parts), len(loader)  # the loss of each epoch that is done
-    if len(history) < swa_start * epochs:  # a finished run that trains on averages anew
+    if len(history) < swa_start * epochs:  # of a finished run that trains on, far enough
         for average in averages:
             average.n_averaged.zero_()
     for epoch in range(len(history), epochs):
@@ -122,12 +122,12 @@ def pretrain_cass(
                 for average, arm in zip(averages, arms):
                     average.update_parameters(arm)
             losses.append(value.detach())
-            outputs = [*outputs, [x.detach() for x in logits]][-256 // len(images):]  # 256 images
+            outputs.append([x.detach() for x in logits])
+            del outputs[:-math.ceil(256 / len(images))]  # all but those of the last 256 images
         history.append(torch.stack(losses).mean().item())
         if not math.isfinite(history[-1]):
-            raise FloatingPointError(
-                f"the loss became {history[-1]} in epoch {epoch + 1}; the last checkpoint is "
-                "intact; try a lower --lr or --precision fp32")
+            raise FloatingPointError(f"the loss became {history[-1]} in epoch {epoch + 1}; start "
+                                     "anew with a lower --lr or --precision fp32")
         log({"epoch": epoch + 1, "loss": history[-1], **gauges(outputs)})
         save(parts, history)
     if averages[0].n_averaged == 0:  # never averaged: an AveragedModel holds the first weights

@@ -272,8 +272,12 @@ def split_images(images: ImageSet, *, seed: int = 0,
         missing = [name for name in images.classes if name not in known]
         what = f"image of {', '.join(missing)}" if known or not here else "labels"
         notes += [f"the {part} part has no {what}"] * bool(missing)
-        if known and not images.labelled(images.part(part) or here):
+        before = images.part(part)
+        if known and before and not images.labelled(before):
             notes.append(f"the {part} part has no labels; training images are put into it")
+    homes = {(row.group, row.split) for row in rows if row.group}
+    several = [group for group, count in Counter(group for group, _ in homes).items() if count > 1]
+    notes += such(sorted(several), "groups stand in several parts, as the data set has them")
     return replace(images, rows=rows, notes=notes)
 
 

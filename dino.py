@@ -236,12 +236,12 @@ def pretrain_dino(
                    cosine_between(step, epochs * steps, *momentum))
             follow([centre.value], [teacher_logits.float().mean((0, 1))], centre_momentum)
             losses.append(value.detach())
-            outputs = [*outputs, output_facts(features[0], targets)][-256 // len(features[0]):]
+            outputs.append(output_facts(features[0], targets))
+            del outputs[:-math.ceil(256 / len(features[0]))]  # all but those of 256 images
         history.append(torch.stack(losses).mean().item())
         if not math.isfinite(history[-1]):
-            raise FloatingPointError(
-                f"the loss became {history[-1]} in epoch {epoch + 1}; the last checkpoint is "
-                "intact; try a lower --lr or --precision fp32")
+            raise FloatingPointError(f"the loss became {history[-1]} in epoch {epoch + 1}; start "
+                                     "anew with a lower --lr or --precision fp32")
         log({"epoch": epoch + 1, "loss": history[-1], **gauges(outputs)})
         save(parts, history)
     return student.backbone, teacher.backbone
@@ -249,7 +249,6 @@ def pretrain_dino(
 
 # %% the command: files, seeds, devices and disk
 
-LOCAL_CROPS = {"paper": 0, "authors": 8}
 RECIPES = {"paper": {},  # the defaults above
            "authors": {"student_temperature": 0.1, "teacher_temperature": (0.04, 0.07, 30),
                        "momentum": (0.996, 1.0), "warmup": 10, "weight_decay": 0.04}}
@@ -286,7 +285,7 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
     if run.finished:
         return print(f"{out} is finished; more --epochs train it on")
     images = open_images(args)
-    crops, local_size = LOCAL_CROPS[args.recipe], args.image_size
+    crops, local_size = 8 if args.recipe == "authors" else 0, args.image_size
     if crops:  # 96 beside 224 pixels, and the like
         local_size = max(32, round(args.image_size * 3 / 7 / 32) * 32)
     backbone = build_model(args.arch, args.init, args.image_size, outputs=0, seed=args.seed,

@@ -102,7 +102,8 @@ def finetune_network(
     nn.ModuleList(head if isinstance(head, tuple) else [head]).requires_grad_(True)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr, fused=True)
-    best, weights = copy.deepcopy(network), None if weights is None else weights.to(device)
+    best = copy.deepcopy(network)
+    weights = None if weights is None else weights.to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     parts = [network, best, optimizer, scaler]  # all that changes while training
@@ -128,9 +129,9 @@ def finetune_network(
         history.append(evaluate(network, validation, weights, precision)[0])
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss + history[-1]):
-            raise FloatingPointError(
-                f"the loss became {loss}, and {history[-1]} on validation, in epoch {epoch + 1}; "
-                "the last checkpoint is intact; try a lower --lr or --precision fp32")
+            raise FloatingPointError(f"the loss became {loss}, and {history[-1]} on validation, in "
+                                     f"epoch {epoch + 1}; start anew with a lower --lr or "
+                                     "--precision fp32")
         if history.index(min(history)) == epoch:
             best.load_state_dict(network.state_dict())
         log({"epoch": epoch + 1, "loss": loss, "validation_loss": history[-1],
@@ -307,9 +308,8 @@ def tune_once(args: argparse.Namespace, run: Any, name: str, network: nn.Module,
         return make_loader(dataset, args.batch_size, seed=seed, shuffle=augment != "none",
                            workers=args.workers)
 
-    train_rows, val_rows = (images.labelled(images.part(part)) for part in ("train", "val"))
-    rows = label_fraction(images, train_rows, args.labels, seed)
-    train, validation = loader(rows, "cass"), loader(val_rows)
+    rows = label_fraction(images, images.labelled(images.part("train")), args.labels, seed)
+    train, validation = loader(rows, "cass"), loader(images.labelled(images.part("val")))
     weights = torch.from_numpy(class_weights(images.truth(rows), args.class_weights))
     checkpoint = f"checkpoint-{name}-seed{seed}"
     torch.manual_seed(seed)
@@ -322,8 +322,8 @@ def tune_once(args: argparse.Namespace, run: Any, name: str, network: nn.Module,
         log=lambda row: run.log({"seed": seed, "arm": name, **row}),
         save=lambda parts, history: run.save(parts, history, checkpoint),
         restore=lambda parts: run.restore(parts, checkpoint))
-    val, test = (evaluate(network, batches, precision=precision)[1]
-                 for batches in (validation, loader(images.part("test"))))
+    val = evaluate(network, validation, precision=precision)[1]
+    test = evaluate(network, loader(images.part("test")), precision=precision)[1]
     return {"images": len(rows), **facts}, val, test
 
 
@@ -377,12 +377,11 @@ def summary(tests: list[dict]) -> dict[str, tuple]:
 
 def print_scores(rows: dict[str, dict[str, tuple]]) -> None:
     """Show a `summary` for each row."""
-    titles = list(next(iter(rows.values())))
+    titles = next(iter(rows.values()))  # the same in each row: the truth decides what is defined
     print(f"{'':27}" + "".join(f"{title:>16}" for title in titles))
     for name, scores in rows.items():
         line = f"{name[:26]:27}"
-        for title in titles:
-            mean, spread, _ = scores.get(title, (math.nan, None, 0))
+        for mean, spread, _ in scores.values():
             cell = f"{mean:.3f}" if spread is None else f"{mean:.3f} +-{spread:.3f}"
             line += f"{cell:>16}"
         print(line)
@@ -405,7 +404,7 @@ def report(run: Any, seeds: list[dict], best: dict, loads: list[str], images: An
               "run": config}
     write_text(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
     run.finish(chosen=best["chosen"])
-    for file in run.folder.glob("checkpoint*"):
+    for file in run.folder.glob("checkpoint-*-seed*.pt"):
         file.unlink()
     print(f"\nscores on {len(truth)} test images, seeds: {len(seeds)}; chosen: best on validation "
           "images,\noracle: best on these test images, which one cannot know beforehand")
@@ -474,18 +473,22 @@ def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
 def predicted_images(path: Path, saved: dict, skip_bad: bool) -> tuple[Any, list[int]]:
     """One image, or all below a folder, and which of them have labels to be scored by: those of a
     data set whose classes the network knows. `saved` is what a file of weights holds."""
-    from data import DataError, find_images, good_rows, read_images
+    from data import DataError, find_images, read_images, require
 
-    try:
-        images = read_images(path)
-    except DataError:  # one file, or no form of a data set, but images all the same
-        images = find_images(path)
-    if not set(images.classes) <= set(saved["classes"]):
-        images = find_images(path)
-    if skip_bad:
-        images = good_rows(images)
+    images, known = find_images(path, skip_bad), {}
+    if path.is_dir():
+        try:
+            found = read_images(path)
+            known = {row.path: row for row in found.labelled(found.rows)}
+            others = set(found.classes) - set(saved["classes"])
+            require(not others, f"the network knows no class {', '.join(sorted(others))}")
+        except DataError as error:
+            known, note = {}, f"answers are not scored: {error}"
+            images = replace(images, notes=[*images.notes, note])
+    rows = [known.get(row.path, row) for row in images.rows]
     facts = {key: saved[key] for key in ("classes", "multi_label", "window")}
-    return replace(images, **facts), images.known(images.rows)
+    images = replace(images, rows=rows, **facts)
+    return images, [i for i, row in enumerate(rows) if row.path in known]
 
 
 def run_prediction(args: argparse.Namespace) -> None:
@@ -499,8 +502,9 @@ def run_prediction(args: argparse.Namespace) -> None:
     size, out = saved["image_size"], (args.out or Path(".")) / "predictions.csv"
     if out.parent.is_file():
         raise UserError(f"--out {args.out} is a file; name a folder")
-    if out.exists():
-        raise UserError(f"{out} is there already; name another folder with --out, or move it away")
+    for file in (out, out.with_name("result.json")):
+        if file.exists():
+            raise UserError(f"{file} is there already; name another folder with --out")
     images, known = predicted_images(args.predict, saved, args.skip_bad)
     for note in images.notes:
         print(f"note: {note}")

@@ -143,7 +143,8 @@ class Gauges:
         return [f"{name}_{gauge}" for name in names for gauge in ("cosine", "rank", "moved")]
 
     def __call__(self, outputs: Sequence[tuple[Tensor, ...]]) -> dict[str, float | None]:
-        """From one tensor `(N, D)` per network for each of the last steps; 256 images count."""
+        """From a tuple of outputs `(N, D)`, one a network, for each of the last steps; 256 images
+        count, and what follows in a tuple does not."""
         row = {}
         for (name, network), steps in zip(self.networks.items(), zip(*outputs)):
             found = collapse_gauges(torch.cat(steps)[-256:])

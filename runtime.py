@@ -1,7 +1,7 @@
 """What every training loop needs and no method cares about.
 
 Options, device and precision; timm models and their weights; the folder a run leaves behind; one
-clear exit for errors that a user can mend. Nothing here knows a loss, an image or a label.
+clear exit for errors that a user can mend. Nothing here knows a loss, or how an image is read.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 try:
     import fcntl
@@ -78,13 +78,10 @@ def clear_exit(*errors: type[Exception], resumable: bool = False) -> Iterator[No
             sentence = next((MENDABLE[part] for part in MENDABLE if part in repr(error)), None)
         if sentence is None:
             raise
-        print(f"error: {printable(sentence)}", file=sys.stderr)
+        # What moves the cursor or changes colours is shown as \\x1b and the like.
+        sentence = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in sentence)
+        print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def printable(text: str) -> str:
-    """The same with what moves the cursor or changes colours shown as \\x1b and the like."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _end_workers() -> None:
@@ -109,12 +106,8 @@ def command_line() -> str:
 
 def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """A parser that says in one sentence what is wrong, and where to read more."""
-    def error(message: str) -> NoReturn:
-        print(f"error: {message}; see --help", file=sys.stderr)
-        raise SystemExit(2)
-
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-    parser.error = error
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     parser.register("type", Path, user_path)
     return parser
 
@@ -156,7 +149,7 @@ def user_path(text: str) -> Path:
 
 def seed_number(text: str) -> int:
     """An argparse type: what torch and numpy both take as a seed."""
-    if not 0 <= int(text) < 2 ** 32:
+    if not text.isdecimal() or not int(text[:20]) < 2 ** 32:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^32 - 1")
     return int(text)
 
@@ -240,7 +233,7 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
         return create(outputs)
     if init == "imagenet":
         return _with_weights(create, outputs, None, f"timm's ImageNet weights of {name}")
-    folder = user_path(init)
+    folder = Path(init).expanduser()
     if not init or not folder.is_dir():
         raise UserError(f"--init {init} is no folder; the other starts are imagenet and random")
     for stem in (name, name.split(".")[0]):
@@ -419,9 +412,7 @@ def network_files(weights: Path) -> list[Path]:
     """The files of networks in a run folder, or the one file that `weights` is."""
     if not weights.is_dir():
         return [weights]
-    files = [weights / f"{name}.pt" for name in ("cnn", "transformer", "backbone")]
-    others = sorted(path for path in weights.glob("*.pt") if "checkpoint" not in path.name)
-    found = [path for path in files if path.is_file()] or others
+    found = sorted(path for path in weights.glob("*.pt") if "checkpoint" not in path.name)
     if not found:
         raise UserError(f"{weights} holds no network; a finished run does")
     return found
@@ -504,11 +495,13 @@ class Run:
         if self.resuming and made.keys() != options.keys():
             raise UserError(f"{folder} is of another version, with other options; choose another "
                             "--out, or remove that folder")
-        for name, value in options.items() if self.resuming or self.finished else ():
+        for name, value in options.items():
+            before = made.get(name, value)
             free = name in self.FREE or name == "epochs" and grows
-            if not free and value != made.get(name, value):
-                raise UserError(f"{folder} was made with --{name.replace('_', '-')} {made[name]}, "
-                                f"not {value}; resume with the options it had")
+            if value != before and not free and (self.resuming or self.finished):
+                was, now = ("its default" if x is None else x for x in (before, value))
+                raise UserError(f"{folder} was made with --{name.replace('_', '-')} {was}, not "
+                                f"{now}; resume with the options it had")
         if options["resume"] and not (begun or self.finished):
             print(f"{folder} holds no checkpoint: starting at the beginning")
 
@@ -547,10 +540,13 @@ class Run:
                 history, rows = state["history"], state["rows"][len(self.rows):]
                 assert state.get("options", self.fixed) == self.fixed
                 for part, value in zip(parts, state["parts"], strict=True):
-                    part.load_state_dict(value)
+                    if value:  # a scaler is empty where another precision needs none
+                        part.load_state_dict(value)
                 torch.set_rng_state(state["random"][0])
-                for value in state["random"][1:2]:
-                    torch.cuda.set_rng_state(value)
+                if len(state["random"]) > 1 and torch.cuda.is_available():
+                    torch.cuda.set_rng_state(state["random"][1])
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # torch raises many kinds for a damaged file
                 print(f"{file} is damaged or of another run; looking for the one before it",
                       file=sys.stderr)
@@ -575,14 +571,13 @@ class Run:
         tensors = [x for part, values in zip(parts, state) if isinstance(part, nn.Module)
                    for x in values.values()]
         if not all(x.isfinite().all() for x in tensors):
-            raise UserError(f"weights became nan or infinite in epoch {len(history)}; the last "
-                            "checkpoint is intact; try a lower --lr or --precision fp32")
-        with aside(self.folder / f"{name}.next") as file:
+            raise UserError(f"weights became nan or infinite in epoch {len(history)}; start anew "
+                            "with a lower --lr or --precision fp32")
+        with aside(newest) as file:
             torch.save({"history": history, "rows": self.rows, "parts": state,
                         "random": random, "options": self.fixed}, file)
-        if newest.exists():
-            os.replace(newest, self.folder / f"{name}-prev.pt")
-        os.replace(self.folder / f"{name}.next", newest)
+            if newest.exists():
+                os.replace(newest, self.folder / f"{name}-prev.pt")
         self.saved_at = time.perf_counter()
         self.cost = self.saved_at - begun
 
@@ -600,7 +595,7 @@ class Run:
             names = [column.rpartition("_") for column in self.columns]
             lines = [[arm for arm, _, _ in names], [gauge for _, _, gauge in names], *lines]
         for cells in lines:
-            tqdm.write("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+            tqdm.write("".join(f" {cell:>{width - 1}}" for cell, width in zip(cells, widths)))
         self.rows.append(row)
 
     def save_network(self, file: str, network: nn.Module) -> str:
@@ -628,6 +623,13 @@ SMALL_RUN = ("smaller networks (--cnn resnet18 --transformer vit_tiny_patch16_22
              "--arch resnet18), a smaller --image-size (96) or fewer --epochs take less")
 
 
+def about(hours: float) -> str:
+    """A length of time, for people."""
+    if hours > 36:
+        return f"{hours / 24:.0f} days"
+    return f"{hours:.0f} hours" if hours > 1.5 else f"{max(1, 60 * hours):.0f} min"
+
+
 def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str,
           images: int) -> Callable:
     """A `log` for pretraining on so many `images`: it adds what `look` sees to a row, keeps and
@@ -638,12 +640,13 @@ def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str,
 
     def log(row: dict) -> None:
         run.log(row | look(row["epoch"], gauges.networks))
-        if row["epoch"] == timed:  # in row 0 256 images went through; training takes 3 times that
-            share, epochs = 1 if timed else 3 * max(1, images / 256), run.config["options"]["epochs"]
-            hours = run.rows[-1]["seconds"] * share * epochs / 3600
-            tqdm.write(textwrap.fill(f"{epochs} epoch{'s' * (epochs > 1)} will take about " + (
-                f"{hours / 24:.0f} days" if hours > 36 else f"{hours:.0f} hours" if hours > 1.5 else
-                f"{max(1, 60 * hours):.0f} min") + f" here; {SMALL_RUN}" * (hours > 1.5), 100))
+        if row["epoch"] == timed:
+            epochs, hours = run.config["options"]["epochs"], run.rows[-1]["seconds"] / 3600
+            if not timed:  # 256 images went through; training takes three times as long
+                hours *= 3 * max(1, images / 256)
+            words = f"{epochs} epoch{'s' * (epochs > 1)} will take about {about(epochs * hours)}"
+            longer = f" here; {SMALL_RUN}" * (epochs * hours > 1.5)
+            tqdm.write(textwrap.fill(words + longer, 100))
         if not row["epoch"]:
             return
         for sentence in gauges.warnings(row, run.rows[0]):

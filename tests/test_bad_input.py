@@ -65,7 +65,8 @@ def refused(capsys, root: Path, command: str, more: str, words: str) -> None:
 
 ANYWHERE = [  # options that all commands share
     ("--data set/cat/0.png", "is not a folder"), ("--data quote", "quote/labels.csv"),
-    ("--seed -1", "--seed & -1"), ("--seed 9999999999", "--seed"), ("--split-seed -1", "below 0"),
+    ("--seed -1", "--seed & -1"), ("--seed x", "x is not a whole number"), ("--init=", "no folder"),
+    ("--seed 9999999999", "--seed"), ("--split-seed -1", "below 0"),
     ("--image-size 8", "--image-size 8 & 16 is"), ("--image-size -32", "--image-size & -32"),
     ("--device gpu", "--device gpu & --device cpu"), ("--device cuda:99", "--device cuda:99"),
     ("--batch-size 0", "--batch-size & 0"), ("--workers two", "--workers & 'two'"),

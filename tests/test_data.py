@@ -68,6 +68,13 @@ def test_missing_validation_is_an_eighth_of_training(tmp_path: Path) -> None:
     assert all(r.path.startswith("Testing/") == (r.split == "test") for r in images.rows)
 
 
+def test_a_patient_that_the_data_set_puts_into_two_parts_is_noted(tmp_path: Path) -> None:
+    text = "image,label,group,split\na.png,x,p1,train\nb.png,x,p1,test\nc.png,y,p2,val\n"
+    folder = labels_csv(tmp_path, text, "a.png", "b.png", "c.png")
+    note = "1 groups stand in several parts, as the data set has them, such as p1"
+    assert note in split_images(read_images(folder)).notes
+
+
 def test_one_file_is_found_as_well_as_a_folder(tmp_path: Path) -> None:
     put(tmp_path, "a/0.png", "a/b/1.png", "2.png")
     images = data.find_images(tmp_path)

@@ -407,7 +407,9 @@ def test_one_file_on_its_runs_split_and_without_one(images, pretrained, tmp_path
 
 
 def test_supervised_baseline(images: Path, tmp_path: Path, calls) -> None:
+    (tmp_path / "checkpoint-notes.csv").touch()  # a user's own
     run(images, tmp_path, "--arch test_resnet --arch test_vit")
+    assert (tmp_path / "checkpoint-notes.csv").exists()
     split = split_images(read_images(images))
     assert read_split(tmp_path / "split.csv", read_images(images)).rows == split.rows
     for arch, one in zip(("test_resnet", "test_vit"), calls, strict=True):
@@ -526,7 +528,9 @@ def test_a_labelled_folder_is_scored(both: dict, images: Path, tmp_path: Path, c
     run's test part too, of which the best seed's network said the same."""
     for name in ("bee", "cat"):
         shutil.copytree(images / name, tmp_path / "set" / name)
+    put(tmp_path / "set", "unknown.png")
     rows = {row["image"]: row for row in predict(tmp_path / "set", both["out"], tmp_path)}
+    assert rows.pop("unknown.png")["truth"] == ""
     scores, said = json.loads((tmp_path / "result.json").read_text()), capsys.readouterr().out
     before = [row for row in table(both["out"] / "predictions.csv")
               if row["seed"] == str(both["kept_seed"]) and row["image"] in rows]
@@ -539,9 +543,17 @@ def test_a_labelled_folder_is_scored(both: dict, images: Path, tmp_path: Path, c
     truths = [row["truth"] for row in rows.values()]
     guess = scores["always the same answer"]["argmax"]["accuracy"]
     assert guess == max(map(truths.count, CLASSES)) / 35 and f"{guess:.3f}" in said
+    again = sentence(capsys, lambda: predict(tmp_path / "set", both["out"], tmp_path))
+    assert "predictions.csv is there already" in again
+    (tmp_path / "predictions.csv").unlink()
+    again = sentence(capsys, lambda: predict(tmp_path / "set", both["out"], tmp_path))
+    assert "result.json is there already" in again
     others = class_folders(tmp_path / "others", cat=3, dog=3)
-    assert {row["truth"] for row in predict(others, both["out"], tmp_path / "new")} == {""}
-    assert not (tmp_path / "new" / "result.json").exists()
+    damaged = labels_csv(tmp_path / "damaged", "image,label\na.png,cat\nb.png,NA\n", "a.png", "b.png")
+    for folder, words in (others, "knows no class dog"), (damaged, "line 3 has label 'NA'"):
+        found = predict(folder, both["out"], tmp_path / folder.name / "out")
+        assert {row["truth"] for row in found} == {""} and words in capsys.readouterr().out
+        assert not (tmp_path / folder.name / "out" / "result.json").exists()
 
 
 def test_networks_that_cant_predict_together(both: dict, pets: Path, tmp_path, capsys) -> None:

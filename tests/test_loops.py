@@ -118,6 +118,12 @@ def test_finished_loop_trains_on(tmp_path: Path) -> None:
     assert equal(longer, train_in(tmp_path / "b", "cass", epochs=18))
 
 
+def test_a_device_with_another_precision_goes_on(tmp_path: Path) -> None:
+    for done, precision in ((2, torch.float32), (4, torch.float16), (6, torch.bfloat16)):
+        *_, rows = train_in(tmp_path, "cass", resume=done > 2, epochs=done, precision=precision)
+        assert [row["epoch"] for row in rows] == [*range(1, done + 1)]
+
+
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
 def test_mixed_precision_trains_weights_of_32_bits(name: str, precision: torch.dtype) -> None:
@@ -252,7 +258,8 @@ def test_what_can_not_be_resumed(name: str, pets: Path, tmp_path: Path, monkeypa
     assert f"{out} holds no checkpoint: starting at the beginning" in said.out
     assert said.err == "\nstopped; go on with\n  python x.py --data 'my images' --resume\n"
     before = {file: file.read_bytes() for file in out.iterdir()}
-    for words, more in {"an unfinished run: --resume it": "", "not 0.002": "--resume --lr 0.002",
+    rate = "its default" if name == "cass" else 0.0003
+    for words, more in {"an unfinished run: --resume it": "", f"{rate}, not 0.002": "--resume --lr 0.002",
                         "--seed 0, not 3": "--resume --seed 3",
                         "--image-size 32, not 48": "--resume --image-size 48",
                         "changed since": f"--resume --data {others}"}.items():

@@ -301,7 +301,7 @@ def test_saving_takes_at_most_five_percent_of_the_time(tmp_path: Path, monkeypat
 
 
 def test_table_and_log(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(runtime.time, "perf_counter", iter([0, 1, 3.25, 8.25]).__next__)
+    monkeypatch.setattr(runtime.time, "perf_counter", iter([0, 1, 3.25, 8.25, 9]).__next__)
     run = Run(tmp_path, {"resume": False, "epochs": 2}, ("epoch", "loss", "arm_rank", "kl"))
     run.begin()
     run.log({"epoch": 0, "loss": None, "arm_rank": 4})
@@ -311,7 +311,9 @@ def test_table_and_log(tmp_path: Path, monkeypatch, capsys) -> None:
         " epoch      loss        rank          kl  seconds",
         "     0         -           4           -    2.250",
         "     1    0.3333       12.50   1.000e-09    5.000"]
-    assert (tmp_path / "log.jsonl").read_text().splitlines()[1:] == [json.dumps(
+    run.log({"epoch": 2, "loss": "wider than its column"})
+    assert capsys.readouterr().out.startswith("     2 wider than its column")
+    assert (tmp_path / "log.jsonl").read_text().splitlines()[1:2] == [json.dumps(
         {"epoch": 1, "loss": 1 / 3, "arm_rank": 12.5, "kl": 1e-9, "seconds": 5.0})]
 
 
