@@ -269,6 +269,21 @@ def test_a_checkpoint_with_code_or_parts_missing_or_of_another_run(tmp_path: Pat
     assert not Path("made").exists()
 
 
+def test_two_runs_in_one_folder_and_the_lock_of_a_killed_one(tmp_path: Path) -> None:
+    heard, told = os.pipe()
+    if not (child := os.fork()):
+        run = begun(tmp_path)
+        os.write(told, b"begun")
+        time.sleep(60)
+        os._exit(len(run.rows))  # it lives until here
+    os.read(heard, 5)
+    with pytest.raises(UserError, match="another run is writing"):
+        begun(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    begun(tmp_path)
+
+
 @pytest.mark.parametrize("write", [
     lambda run: run.save([build_model("test_vit", "random", 32)], [1.0]),
     lambda run: run.log({"epoch": 2, "loss": "x" * 9000}), lambda run: run.begin(fact="x" * 9000),
