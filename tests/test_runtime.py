@@ -303,6 +303,16 @@ def test_full_disk_leaves_what_was_there(write: Callable, tmp_path: Path, capsys
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
+def test_poisoned_weights_do_not_take_the_place_of_good_ones(tmp_path: Path) -> None:
+    run, network = begun(tmp_path), nn.Linear(2, 1)
+    run.save([network], [0.5])
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    run.cost, network.bias.data[0] = 0, math.inf
+    with pytest.raises(UserError, match="infinite in epoch 2; the last checkpoint is intact"):
+        run.save([network], [0.5, 0.4])
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
+
+
 def test_saving_takes_at_most_five_percent_of_the_time(tmp_path: Path, monkeypatch) -> None:
     clock, save = [0.0], torch.save
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: clock[0])
