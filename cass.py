@@ -5,7 +5,7 @@
 One augmented view of each image goes through a CNN and a Transformer at once; a cosine loss pulls
 their outputs together; both networks are trained, saved, and then fine-tuned with few labels.
 
-What the paper leaves open, and what its published notebook does (the README has the whole list):
+What the paper leaves open, and what its published notebook does:
 
 | question         | the paper says            | its notebook does         | we do                 |
 |------------------|---------------------------|---------------------------|-----------------------|
