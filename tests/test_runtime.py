@@ -308,7 +308,7 @@ def test_poisoned_weights_do_not_take_the_place_of_good_ones(tmp_path: Path) -> 
     run.save([network], [0.5])
     files = {file: file.read_bytes() for file in tmp_path.iterdir()}
     run.cost, network.bias.data[0] = 0, math.inf
-    with pytest.raises(UserError, match="infinite in epoch 2; the last checkpoint is intact"):
+    with pytest.raises(UserError, match="nan or infinite in epoch 2"):
         run.save([network], [0.5, 0.4])
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
 
