@@ -290,7 +290,7 @@ def run_dino(args: argparse.Namespace, look: Callable = lambda epoch, networks: 
         local_size = max(32, round(args.image_size * 3 / 7 / 32) * 32)
     backbone = build_model(args.arch, args.init, args.image_size, outputs=0, seed=args.seed,
                            dynamic=crops > 0, checkpointing=args.checkpointing)
-    check_size(backbone, args.arch, local_size)
+    check_size(backbone, local_size)
     loader = training_loader(args, images, DinoViews(args.image_size, crops, local_size))
     begin_run(run, images, {"backbone": backbone}, (device, precision))
     torch.manual_seed(args.seed)

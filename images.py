@@ -95,7 +95,7 @@ KINDS = {1: "whole numbers", 2: "signed numbers", 3: "floats"}
 def _header(file) -> tuple[Image.Image, dict, bool]:
     """An image opened but not decoded, its TIFF tags, and whether it has more than 8 bits."""
     image = Image.open(file)
-    deep = image.mode[0] in "IF" or image.mode != "CMYK" and ";16" in str(image.tile)
+    deep = image.mode[0] in "IF" or (image.mode != "CMYK" and ";16" in str(image.tile))
     return image, getattr(image, "tag_v2", {}), deep
 
 
@@ -321,8 +321,8 @@ class EpochBatches:
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         stop = images - images % self.size if drop_last else images
         starts = list(range(0, stop, self.size))
-        if shuffle and stop - starts[-1] == 1 < self.size:  # batch norm can't train on one image:
-            starts.pop()  # a last batch of one joins the one before
+        if shuffle and self.size > 1 and stop - starts[-1] == 1:
+            starts.pop()  # batch norm can't train on one image: it joins the batch before
         self.bounds = list(zip(starts, [*starts[1:], stop]))
 
     def __len__(self) -> int:

@@ -281,7 +281,7 @@ def _create(name: str, image_size: int, seed: int, dynamic: bool, checkpointing:
     model.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
     model.arch, model.image_size, model.fixed_size = name, image_size, bool(size)
     model.origin = f"{name} starts from random weights"
-    check_size(model, name, image_size)
+    check_size(model, image_size)
     if checkpointing:
         try:
             model.set_grad_checkpointing()
@@ -290,19 +290,19 @@ def _create(name: str, image_size: int, seed: int, dynamic: bool, checkpointing:
     return model
 
 
-def check_size(model: nn.Module, name: str, image_size: int) -> None:
+def check_size(model: nn.Module, image_size: int) -> None:
     """Refuse a size the model can't take: some timm models silently drop what no patch covers."""
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     patch = conv.stride[0] if conv is not None and conv.stride == conv.kernel_size else 1
     if image_size % patch:
-        raise UserError(f"--image-size {image_size} is no multiple of {name}'s patch of {patch} "
-                        f"pixels; {max(1, image_size // patch) * patch} is")
+        raise UserError(f"--image-size {image_size} is no multiple of {model.arch}'s patch of "
+                        f"{patch} pixels; {max(1, image_size // patch) * patch} is")
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()(torch.zeros(1, 3, image_size, image_size))
         model.train()
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        raise UserError(f"{name} can't take --image-size {image_size}: "
+        raise UserError(f"{model.arch} can't take --image-size {image_size}: "
                         f"{' '.join(str(error).split())[:200]}") from None
 
 

@@ -549,7 +549,8 @@ def test_a_labelled_folder_is_scored(both: dict, images: Path, tmp_path: Path, c
     again = sentence(capsys, lambda: predict(tmp_path / "set", both["out"], tmp_path))
     assert "result.json is there already" in again
     others = class_folders(tmp_path / "others", cat=3, dog=3)
-    damaged = labels_csv(tmp_path / "damaged", "image,label\na.png,cat\nb.png,NA\n", "a.png", "b.png")
+    text, names = "image,label\na.png,cat\nb.png,NA\n", ("a.png", "b.png")
+    damaged = labels_csv(tmp_path / "damaged", text, *names)
     for folder, words in (others, "knows no class dog"), (damaged, "line 3 has label 'NA'"):
         found = predict(folder, both["out"], tmp_path / folder.name / "out")
         assert {row["truth"] for row in found} == {""} and words in capsys.readouterr().out

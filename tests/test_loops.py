@@ -259,7 +259,8 @@ def test_what_can_not_be_resumed(name: str, pets: Path, tmp_path: Path, monkeypa
     assert said.err == "\nstopped; go on with\n  python x.py --data 'my images' --resume\n"
     before = {file: file.read_bytes() for file in out.iterdir()}
     rate = "its default" if name == "cass" else 0.0003
-    for words, more in {"an unfinished run: --resume it": "", f"{rate}, not 0.002": "--resume --lr 0.002",
+    for words, more in {"an unfinished run: --resume it": "",
+                        f"{rate}, not 0.002": "--resume --lr 0.002",
                         "--seed 0, not 3": "--resume --seed 3",
                         "--image-size 32, not 48": "--resume --image-size 48",
                         "changed since": f"--resume --data {others}"}.items():
