@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by 
 
 from data import (NO, PART_NAMES, PARTS, UNKNOWN, YES, DataError, describe, find_images,
                   read_images, read_table, split_images)
-from runtime import clear_exit, command_parser
+from runtime import aside, clear_exit, command_parser
 
 Table = list[list]  # the lines of a labels.csv; the first holds the names of its columns
 ISIC, ISIC_FACTS = "ISIC_2019_Training_GroundTruth.csv", "ISIC_2019_Training_Metadata.csv"
@@ -220,11 +220,11 @@ def run_prepare(args: argparse.Namespace) -> None:
         add_lesions(table, source.with_name(ISIC_FACTS))
     try:
         if table:
-            with open(file, "w", newline="", encoding="utf-8") as handle:
+            with aside(file) as new, open(new, "w", newline="", encoding="utf-8") as handle:
                 csv.writer(handle, lineterminator="\n").writerows(table)
     except OSError as error:
-        raise DataError(f"{file} can't be written ({error.strerror}); --out names a folder of your "
-                        "own") from None
+        why = error.strerror or error
+        raise DataError(f"{file} can't be written ({why}); --out names another folder") from None
     print(f"wrote {file}" if table else "folders tell the labels: nothing to do")
     try:
         print("so it is read:", *describe(split_images(read_images(out))), sep="\n")
