@@ -614,9 +614,10 @@ class Run:
 
     def finish(self, **facts: Any) -> None:
         """Mark the run as finished; of its checkpoints the last one stays."""
+        for path in self.folder.glob("checkpoint*-prev.pt"):
+            path.unlink()  # first: a kill in between leaves a run to be resumed
         self.begin(finished=True, **facts)
-        for path in [*self.folder.glob("checkpoint*-prev.pt"), self.folder / ".lock"]:
-            path.unlink(missing_ok=True)
+        (self.folder / ".lock").unlink(missing_ok=True)
 
 
 SMALL_RUN = ("smaller networks (--cnn resnet18 --transformer vit_tiny_patch16_224; dino.py: "

@@ -139,7 +139,8 @@ def equal(a: object, b: object, but: set = frozenset()) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b) and a.dtype == b.dtype
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a.keys() - but)
+        same = isinstance(b, dict) and a.keys() == b.keys()
+        return same and all(equal(a[key], b[key]) for key in a.keys() - but)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b

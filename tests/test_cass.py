@@ -245,6 +245,8 @@ def test_collapse_is_said_once(pets: Path, tmp_path: Path, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert said.count("warning: transformer gives almost the same output for every image") == 1
     assert "--loss contrast" in said and "warning: cnn" not in said
+    first = log_rows(tmp_path / "out")[0]["transformer_cosine"]
+    assert f"before training cosine {first:.3f}" in " ".join(said.split())
 
 
 def test_weights_that_do_not_move_end_the_command(pets: Path, tmp_path: Path, capsys) -> None:
