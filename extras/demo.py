@@ -127,7 +127,7 @@ def tell_story(folder: Path, seed: int, full: bool) -> None:
           "   learned, and training from scratch; macro F1 on another patient's slides. Look at "
           "the\n   Transformer: a CNN sees colours without any learning, so it may gain "
           "nothing here")
-    few = f"{setting} --labels 0.05 --seeds 3 --schedule run --epochs 40"
+    few = f"{setting} --labels 0.05 --seeds 3 --schedule run --epochs 30"
     for loss in ("contrast", "cosine"):
         run(finetune, f"{few} --weights {folder / loss} --protocol linear --lr 5e-3 "
             f"--out {folder / 'few'}-{loss}", folder / f"few-{loss}.log")

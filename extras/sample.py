@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,13 +141,16 @@ def draw_sample(folder: str | Path, images: int = 198, patients: int = 7, seed: 
     with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as aside:
         work = Path(aside) / "set"
         (work / "images").mkdir(parents=True)
-        table = [f"image,{','.join(CLASSES)},group"]
-        for i, (group, shown) in enumerate(zip(groups.tolist(), labels)):
-            name = f"images/synthetic-{i + 1:03d}.tif"
-            image = Image.fromarray(draw_image(shown, group, i, seed))
+
+        def draw(i: int) -> str:
+            name, group = f"images/synthetic-{i + 1:03d}.tif", int(groups[i])
+            image = Image.fromarray(draw_image(labels[i], group, i, seed))
             image.save(work / name, compression="tiff_lzw", tiffinfo={270: NOTE, 317: 2})
-            table.append(f"{name},{','.join(map(str, shown))},patient-{group + 1}")
-        (work / "labels.csv").write_text("\n".join(table) + "\n")
+            return f"{name},{','.join(map(str, labels[i]))},patient-{group + 1}\n"
+
+        with ThreadPoolExecutor() as pool:  # each image has a random stream of its own
+            lines = list(pool.map(draw, range(images)))
+        (work / "labels.csv").write_text(f"image,{','.join(CLASSES)},group\n" + "".join(lines))
         if target.exists():
             target.rmdir()  # it is empty; only POSIX would rename over it
         work.rename(target)
