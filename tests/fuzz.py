@@ -4,6 +4,7 @@ Each input must be read, or be refused in one sentence with exit code 2: no trac
 most 20 seconds, at most 1 GB more. What breaks something is kept in the folder `broken`.
 """
 
+import ast
 import contextlib
 import io
 import logging
@@ -276,7 +277,7 @@ def apart(read: Callable, folder: Path, seeds: list, count: int, seed: int,
         os._exit(0)
     os.close(theirs)
     with open(ours) as pipe:
-        found = Counter(eval(pipe.read() or "{'broken': 1}"))
+        found = Counter(ast.literal_eval(pipe.read() or "{'broken': 1}"))
     if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
         print(f"BROKEN {folder.name} {seed}: ended by {code}", flush=True)
         shutil.copytree(folder, broken / f"{seed}-{folder.name}")

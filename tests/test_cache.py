@@ -1,5 +1,6 @@
 """--cache and --split-file: the same bits with and without, whole files only, parts as told."""
 
+import copy
 import multiprocessing
 import os
 import pickle
@@ -90,12 +91,12 @@ def test_one_array_of_bytes_in_the_order_of_the_paths_read_by_any_process(tmp_pa
     images = read_images(class_folders(tmp_path / "set", a=20, b=2))
     cache = ImageCache(images, 32, tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()
-    array, sent = np.memmap(file, np.uint8, "r", shape=(22, 32, 32, 3)), pickle.dumps(cache)
-    assert len(sent) < 10_000  # the way there, not the pixels
+    array, sent = np.memmap(file, np.uint8, "r", shape=(22, 32, 32, 3)), copy.deepcopy(cache)
+    assert len(pickle.dumps(sent)) < 10_000  # what a worker gets: the way there, not the pixels
     for i, path in enumerate(sorted(row.path for row in images.rows)):
         wanted = resized(load_image(images.folder / path), 32)
         assert np.array_equal(array[i], wanted)
-        assert np.array_equal(np.asarray(pickle.loads(sent)[path]), wanted)
+        assert np.array_equal(np.asarray(sent[path]), wanted)
 
 
 # %% when it is made anew
