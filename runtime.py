@@ -190,7 +190,9 @@ def pick_hardware(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         torch.use_deterministic_algorithms(True)
     device = pick_device(args.device)
     args.workers = pick_workers(args.workers, device)
-    return device, pick_precision(args.precision, device)
+    precision = pick_precision(args.precision, device)
+    pick_attention(device, precision)
+    return device, precision
 
 
 def pick_workers(workers: int | None, device: torch.device) -> int:
@@ -211,6 +213,12 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if native else torch.float16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native and device.type == "cpu" else torch.float32
+
+
+def pick_attention(device: torch.device, precision: torch.dtype) -> None:
+    """Let models that timm builds from here on compute attention the faster way: in one fused
+    step, but for bf16 on a CPU, where its backward pass takes longer than plain products do."""
+    timm.layers.set_fused_attn(device.type != "cpu" or precision != torch.bfloat16)
 
 
 # %% models and their weights

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import timm
 import torch
 from torch import nn
 from torch.optim import Adam
@@ -33,8 +34,8 @@ from data import (DataError, ImageCache, ImageRows, ImageSet, add_data_options, 
 from dino import DinoNetwork, DinoViews, pretrain_dino
 from extras.paper import ARMS
 from finetune import finetune_network
-from runtime import (add_run_options, build_model, clear_exit, command_parser, pick_device,
-                     pick_precision, pick_workers, positive)
+from runtime import (add_run_options, build_model, clear_exit, command_parser, pick_attention,
+                     pick_hardware, positive)
 
 # %% the plain loops
 
@@ -137,16 +138,15 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
         return float("nan")
 
 
-def contestants(args: argparse.Namespace, device: torch.device, images: ImageSet,
+def contestants(args: argparse.Namespace, hardware: tuple, images: ImageSet,
                 cache: ImageCache) -> dict[tuple, tuple]:
     """All that is timed: {(method, name, precision): (batches, build() -> networks, loop)}."""
-    archs, auto = (args.cnn, args.transformer), pick_precision(args.precision, device)
+    archs, (device, auto) = (args.cnn, args.transformer), hardware
     augment, classes = augmentation(args.image_size), len(images.classes)
 
     def load(transform: Callable, labelled: bool = False) -> Iterable:
         rows = ImageRows(images, images.rows, transform, labelled=labelled, cache=cache)
-        workers = pick_workers(args.workers, device)
-        return make_loader(rows, args.batch_size, drop_last=True, workers=workers)
+        return make_loader(rows, args.batch_size, drop_last=True, workers=args.workers)
 
     def networks(*archs: str, outputs: int | None = None) -> list[nn.Module]:
         return [build_model(arch, args.init, args.image_size, outputs=outputs).to(device)
@@ -171,29 +171,33 @@ def contestants(args: argparse.Namespace, device: torch.device, images: ImageSet
         for precision in (torch.float32, auto):
             found[method, "plain loop", precision] = in_memory, build, plain
             found[method, "ours", precision] = batches, build, ours
-        for off in ("nothing", "precision", *on) if method == "CASS" else ():
+        for off in ("nothing", "precision", "attention", *on) if method == "CASS" else ():
             precision = torch.float32 if off == "precision" else auto
             loop = partial(plain, **{name: on[name] for name in on if name != off})
             found[method, f"plain, fast, {off} off", precision] = in_memory, build, loop
     return found
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> dict[tuple, list[tuple]]:
+def measure(args: argparse.Namespace, hardware: tuple) -> dict[tuple, list[tuple]]:
     """{(method, name, precision): for each round (seconds a step, of them waiting, GB)}."""
-    images, found = open_images(args), {}
+    images, found, device = open_images(args), {}, hardware[0]
     rows = images.part("train")[:(args.warm_up + args.steps) * args.batch_size]
     images = replace(images, rows=rows)
     with tempfile.TemporaryDirectory() as folder:
         cache = ImageCache(images, args.image_size, Path(folder))
-        everything = contestants(args, device, images, cache)
+        everything = contestants(args, hardware, images, cache)
         for turn in range(args.rounds):
             for key, (batches, build, loop) in everything.items():
                 timed = TimedLoader(batches, args.warm_up, device)
                 before = peak_memory(device, reset=True)
+                _, name, precision = key
+                pick_attention(device, precision)
+                if name in ("plain loop", "plain, fast, attention off"):
+                    timm.layers.set_fused_attn(True)
                 networks = build()
-                if key[1] == "plain loop":  # as timm gives them
+                if name == "plain loop":  # as timm gives them
                     networks = [one.to(memory_format=torch.contiguous_format) for one in networks]
-                loop(*networks, timed, precision=key[2])
+                loop(*networks, timed, precision=precision)
                 grown = peak_memory(device) - before
                 found.setdefault(key, []).append((timed.seconds, timed.waited, grown))
                 print(f"round {turn + 1} of {args.rounds}:", *key, flush=True)
@@ -202,13 +206,13 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[tuple, list[
 
 def time_lines(args: argparse.Namespace) -> list[str]:
     """The tables as Markdown lines, and Table 1's ratio."""
-    device, load = pick_device(args.device), os.getloadavg()[0]
+    load, (device, auto) = os.getloadavg()[0], pick_hardware(args)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
     lines = [f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch "
              f"{args.batch_size}, {args.image_size} pixels, {args.rounds} rounds"]
     if load > 0.5:
         lines.append(f"The load was {load:.1f} before: are other processes using the cores?")
-    found = measure(args, device)
+    found = measure(args, (device, auto))
     seconds = {key: median(one[0] for one in rounds) for key, rounds in found.items()}
     for key, rounds in found.items():
         method, name, precision = key
@@ -220,7 +224,6 @@ def time_lines(args: argparse.Namespace) -> list[str]:
         for base in (precision, torch.float32):
             cells.append(f"{seconds[method, 'plain loop', base] / seconds[key]:.2f}")
         lines.append(f"| {name} | {precision} | {' | '.join(cells)} | {median(memory):.2f} |")
-    auto = pick_precision(args.precision, device)
     dino = sum(seconds[f"DINO, {arch}", "ours", auto] for arch in (args.cnn, args.transformer))
     ratio = seconds["CASS", "ours", auto] / dino
     lines += ["", f"CASS / DINO, both arms: {ratio:.3f}; paper: 0.31; arithmetic floor: 0.375.",

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 import runtime
 from data import DataError
 from helpers import equal, sentence
-from runtime import (Run, UserError, build_model, clear_exit, load_network, pick_device,
-                     pick_precision, pick_workers, read_network, watch)
+from runtime import (Run, UserError, build_model, clear_exit, load_network, pick_attention,
+                     pick_device, pick_precision, pick_workers, read_network, watch)
 
 # %% the way out
 
@@ -108,6 +108,18 @@ def test_automatic_choices(native: bool, on_gpu: torch.dtype, on_cpu: torch.dtyp
     assert [pick_workers(n, cpu) for n in (None, 0, 5)] == [1, 0, 5]
     assert [pick_workers(n, gpu) for n in (None, 0, 9)] == [3, 0, 9]
     assert pick_precision("auto", gpu) == on_gpu and pick_precision("auto", cpu) == on_cpu
+
+
+def test_attention_is_computed_in_the_faster_way() -> None:
+    x, answers = torch.randn(2, 3, 32, 32), {}
+    for precision, fused in ((torch.bfloat16, False), (torch.float32, True)):
+        pick_attention(torch.device("cpu"), precision)
+        model = build_model("test_vit", "random", 32)
+        assert {m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")} == {fused}
+        answers[fused] = model(x)
+    torch.testing.assert_close(answers[True], answers[False])
+    pick_attention(torch.device("cuda"), torch.bfloat16)
+    assert build_model("test_vit", "random", 32).blocks[0].attn.fused_attn
 
 
 # %% start weights
