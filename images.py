@@ -278,9 +278,16 @@ def augmentation(size: int, name: str = "cass") -> Callable[[Image.Image], torch
         steps.append(v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=0.2))
     if "solarize" in name:
         steps.append(v2.RandomSolarize(128, p=0.2))
-    # A PIL image comes channels last; put in order first, the rest takes half the time.
-    steps += [v2.ToImage(), torch.Tensor.contiguous, v2.ToDtype(torch.float32, scale=True)]
-    return v2.Compose([*steps, v2.Normalize(MEAN, STD, inplace=True)])
+    return v2.Compose([*steps, normalised])
+
+
+def normalised(image: Image.Image) -> torch.Tensor:
+    """An RGB image as normalised float tensor `(3, H, W)`: to the bit what v2's ToImage, ToDtype
+    and Normalize make of it, in a third of the time at 96 pixels."""
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.mul_(1 / 255).sub_(mean).div_(deviation)
 
 
 # %% loading
@@ -373,8 +380,8 @@ def _quiet_worker(_: int) -> None:
 
 class ImageCache:
     """The images of a data set resized to `(size, size)`: one uint8 array `(N, size, size, 3)` in
-    a file in `folder`, mapped into memory. Resizing is the first step of every augmentation, so
-    what comes out of the others is the same to the bit.
+    a file in `folder`. Resizing is the first step of every augmentation, so what comes out of the
+    others is the same to the bit.
 
     Its name is a hash of what it was made from, so a changed image makes another file. It is
     written aside and renamed when whole, whoever else builds it. Raises `DataError`.
@@ -400,10 +407,10 @@ class ImageCache:
                 raise DataError(f"--cache {folder} can't be written: {error.strerror}") from None
 
     def __getitem__(self, path: str) -> Image.Image:
-        # Mapped anew each time: a map does not survive the way to a worker process.
-        offset = self.index[path] * int(np.prod(self.shape))
+        size = int(np.prod(self.shape))  # in bytes
         try:
-            return Image.fromarray(np.memmap(self.file, np.uint8, "r", offset, self.shape))
+            pixels = np.fromfile(self.file, np.uint8, size, offset=size * self.index[path])
+            return Image.fromarray(pixels.reshape(self.shape))
         except (OSError, ValueError):
             raise DataError(f"{self.file} was removed or cut off while in use; the next run makes "
                             "it anew") from None
