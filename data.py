@@ -40,14 +40,13 @@ NOT_TEXT = re.compile("[\x00-\x08\n-\x1f\x7f-\x9f\ud800-\udfff]")
 # %% folders
 
 
-def find_images(folder: str | Path, skip_bad: bool = False) -> ImageSet:
+def find_images(folder: str | Path) -> ImageSet:
     """All images below a folder, whatever its form, or one file; without labels or parts."""
     folder = Path(folder)
     if folder.is_file():
         return ImageSet(folder.parent, [Row(folder.name)], [])
     paths, _, notes = _walk(folder)
-    images = ImageSet(folder, [Row(path) for path in paths], [], notes=notes)
-    return good_rows(images) if skip_bad else images
+    return ImageSet(folder, [Row(path) for path in paths], [], notes=notes)
 
 
 def read_images(folder: str | Path) -> ImageSet:

@@ -222,13 +222,10 @@ def new_network(args: argparse.Namespace, start: Path | str, classes: int, seed:
 def tuned_images(args: argparse.Namespace, file: Path | None, window: Any) -> Any:
     """The data set, with the split that pretraining had, and only if it can be fine-tuned on.
     `file` holds pretrained weights, which had this `window`."""
-    from data import PARTS, open_images, read_split
-    from runtime import UserError
+    from data import PARTS, open_images, read_split, require
 
-    if args.data is None:
-        raise UserError("--data names the folder of labelled images (--predict one to classify)")
-    if args.batch_size < 2:
-        raise UserError("--batch-size 1 is too small for batch norm; take 2 or more")
+    require(args.data, "--data names the folder of labelled images (--predict one to classify)")
+    require(args.batch_size > 1, "--batch-size 1 is too small for batch norm; take 2 or more")
     split = file.parent / "split.csv" if file else None
     if file and not split.is_file():
         print(f"note: {split} is not there; make sure that these weights were not pretrained on "
@@ -238,17 +235,16 @@ def tuned_images(args: argparse.Namespace, file: Path | None, window: Any) -> An
     if window and args.window == "auto":
         images = replace(images, window=window)
     seen = read_split(split, images, grow=True).part("train") if split else []
-    if {row.path for row in seen} & {row.path for row in images.part("test")}:
-        todo = "take another --split-file" if args.split_file else f"label test images of {split}"
-        raise UserError("there are test images that these weights were pretrained on; " + todo)
-    if len(images.classes) < 2 and not images.multi_label:
-        raise UserError(f"{args.data} has {len(images.classes) or 'no'} class; fine-tuning needs "
-                        "class folders or a labels.csv, with two classes or more")
+    todo = "take another --split-file" if args.split_file else f"label test images of {split}"
+    require(not {row.path for row in seen} & {row.path for row in images.part("test")},
+            "there are test images that these weights were pretrained on; " + todo)
+    require(len(images.classes) > 1 or images.multi_label,
+            f"{args.data} has {len(images.classes) or 'no'} class; fine-tuning needs class folders "
+            "or a labels.csv, with two classes or more")
     for part in PARTS:
-        if not images.labelled(images.part(part)):
-            raise UserError(f"the {part} part of {args.data} has no labelled images; fine-tuning "
-                            "needs them in all three parts (see --ratios; images without labels "
-                            "are for --predict)")
+        require(images.labelled(images.part(part)), f"the {part} part of {args.data} has no "
+                "labelled images; fine-tuning needs them in all three parts (see --ratios; images "
+                "without labels are for --predict)")
     return images
 
 
@@ -322,6 +318,7 @@ def tune_once(args: argparse.Namespace, run: Any, name: str, network: nn.Module,
         log=lambda row: run.log({"seed": seed, "arm": name, **row}),
         save=lambda parts, history: run.save(parts, history, checkpoint),
         restore=lambda parts: run.restore(parts, checkpoint))
+    (run.folder / f"{checkpoint}-prev.pt").unlink(missing_ok=True)  # may be 1.4 GB for each network
     val = evaluate(network, validation, precision=precision)[1]
     test = evaluate(network, loader(images.part("test")), precision=precision)[1]
     return {"images": len(rows), **facts}, val, test
@@ -473,9 +470,10 @@ def fine_tuned(weights: Path | None) -> tuple[dict[str, Path], dict, str]:
 def predicted_images(path: Path, saved: dict, skip_bad: bool) -> tuple[Any, list[int]]:
     """One image, or all below a folder, and which of them have labels to be scored by: those of a
     data set whose classes the network knows. `saved` is what a file of weights holds."""
-    from data import DataError, find_images, read_images, require
+    from data import DataError, find_images, good_rows, read_images, require
 
-    images, known = find_images(path, skip_bad), {}
+    images, known = find_images(path), {}
+    images = good_rows(images) if skip_bad else images
     if path.is_dir():
         try:
             found = read_images(path)

@@ -50,9 +50,7 @@ MENDABLE = {  # a part of what PyTorch says -> what a user can do
     "shared memory": "/dev/shm has no room for the loader's batches; take --workers 0, or enlarge "
                      "it (docker run --shm-size=8g)",
     "out of memory": SMALLER, "can't allocate memory": SMALLER, "MemoryError": SMALLER,
-    "bad_alloc": SMALLER, "exited unexpectedly": FEWER, "killed by signal": FEWER,
-    "not have a deterministic implementation": "an operation of this network has no form that "
-    "repeats itself to the bit on a GPU; leave out --deterministic, or take --device cpu"}
+    "bad_alloc": SMALLER, "exited unexpectedly": FEWER, "killed by signal": FEWER}
 
 
 @contextmanager
@@ -131,8 +129,6 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, lr: float |
         help="auto: bf16 where the processor multiplies in it, else fp16 on a GPU, fp32 on a CPU")
     add("--checkpointing", action="store_true", help="keep fewer activations and compute them "
         "again in the backward pass: less memory, about a third slower, the same steps")
-    add("--deterministic", action="store_true", help="on a GPU take only operations that repeat "
-        "themselves to the bit, as those of a CPU do; slower")
     add("--workers", type=int, help="loader processes; any number gives the same bits (1 beside a "
         "CPU, where more would fight with training, and up to 8 beside a GPU)")
     add("--cache", type=Path, metavar="DIR", help="keep resized images there, in one file "
@@ -185,9 +181,6 @@ def pick_device(name: str) -> torch.device:
 
 def pick_hardware(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """The device and precision that the options ask for; also sets `args.workers`."""
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it
-        torch.use_deterministic_algorithms(True)
     device = pick_device(args.device)
     args.workers = pick_workers(args.workers, device)
     precision = pick_precision(args.precision, device)

@@ -51,8 +51,6 @@ def fail(error: Exception, while_writing: Path | None = None) -> None:
     (lambda: open("nowhere.png"), "[Errno 2] No such file or directory: 'nowhere.png'"),
     (lambda: fail(torch.OutOfMemoryError("CUDA out of memory.")), "--batch-size or --image-size"),
     (lambda: torch.empty(10 ** 15), "--batch-size or --image-size"),
-    (lambda: fail(RuntimeError("upsample_bicubic2d_aa_backward_out_cuda does not have a "
-                               "deterministic implementation, but you set ...")), "--device cpu"),
     (lambda: fail(RuntimeError("In a worker\nunable to allocate shared memory(shm) for file </t>: "
                                "No space left on device")), "--shm-size=8g)"),
     (lambda: fail(RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed."),
