@@ -27,7 +27,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from data import (NO, PART_NAMES, PARTS, UNKNOWN, YES, DataError, describe, find_images,
-                  read_images, read_table, split_images)
+                  read_images, read_table, require, split_images)
 from runtime import aside, clear_exit, command_parser
 
 Table = list[list]  # the lines of a labels.csv; the first holds the names of its columns
@@ -79,10 +79,9 @@ def choose_columns(file: Path, header: list[str], lines: list[dict[str, str]],
     labels = args.label_column or [first(LABEL)]
     labels = binary if labels == [""] and len(binary) > 1 else labels
     for name in (image, *labels, *([group] if group else [])):
-        if name not in header:
-            raise DataError(f"{file} needs a column {name or 'of images and one of labels'!r}, and "
-                            f"its first line says {', '.join(header)}; choose with --image-column "
-                            "and --label-column")
+        require(name in header, f"{file} needs a column "
+                f"{name or 'of images and one of labels'!r}, and its first line says "
+                f"{', '.join(header)}; choose with --image-column and --label-column")
     return image, labels, group, split
 
 
@@ -115,9 +114,9 @@ def convert_table(file: Path, args: argparse.Namespace) -> Table:
                 cells.append(paths[0] if line[group].lower() in UNCLEAR else line[group])
             if split:
                 cells.append(line[split])
-    if not rows or problems and not args.skip_missing:
-        raise DataError(f"{file} {[*problems, 'has no rows'][0]}; {len(problems)} of {len(lines)} "
-                        "lines are like that; --skip-missing leaves them out")
+    require(rows and (args.skip_missing or not problems),
+            f"{file} {[*problems, 'has no rows'][0]}; {len(problems)} of {len(lines)} lines are "
+            "like that; --skip-missing leaves them out")
     print(f"lines left out: {len(problems)} of {len(lines)}", *problems[:1], sep="; ")
     return [first, *rows.values()]
 
@@ -143,8 +142,8 @@ def list_dermofit(folder: Path) -> Table:
     table = [["image", "label", "group"]]
     for path, stem in stems.items():
         *above, _ = path.split("/")
-        if masks and len(above) < 2:
-            raise DataError(f"{folder / path} is not in a folder CLASS/LESION, as Dermofit's are")
+        require(len(above) > 1 or not masks,
+                f"{folder / path} is not in a folder CLASS/LESION, as Dermofit's are")
         if masks and stem not in masks:
             table.append([path, above[-2], "/".join(above)])
     return table if masks else []
@@ -188,8 +187,8 @@ def find_source(folder: Path) -> Path | None:
     found = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in (".csv", ".npz")
              and path.name != "labels.csv"]
     found = [path for path in found if path.name == ISIC] or found
-    if len(found) > 1:
-        raise DataError(f"{found[0]} and {found[1]} may both tell the labels; choose with --table")
+    names = " and ".join(map(str, found))
+    require(len(found) < 2, f"{names} may all tell the labels; choose with --table")
     return found[0] if found else None
 
 
@@ -208,9 +207,8 @@ def run_prepare(args: argparse.Namespace) -> None:
     packed = source is not None and source.suffix.lower() == ".npz"
     out = args.out or (source.with_suffix("") if packed else args.data)
     file = out / "labels.csv"
-    if file.exists():
-        raise DataError(f"{file} is there already; give it another name, and name it with --table "
-                        "if it is the table to read")
+    require(not file.exists(), f"{file} is there already; give it another name, and name it with "
+            "--table if it is the table to read")
     if packed:
         table = unpack_medmnist(source, out)
     else:

@@ -4,11 +4,9 @@
     python -m extras.tables T4 --data ./brain-mri --size small --seeds 3
     python -m extras.tables T4 --data ./brain-mri --print > runs.txt
 
-The tables are plain dicts in `extras/paper.py`. Each of their runs is a command of this project, in
-a folder named by a digest of its options and images: tables share runs, and a sweep that was
-stopped goes on where it was. To share the runs out over processes or machines, run the lines of
-runs.txt, all of pretraining before the others, such as by
-`grep -v finetune.py runs.txt | xargs -P 2 -L 1 env`, and then make the tables.
+Each run is a command of this project, in a folder named by a digest of its options and images:
+tables share runs, and a sweep that was stopped goes on where it was. The lines of runs.txt can be
+shared out, pretraining first: `grep -v finetune.py runs.txt | xargs -P 2 -L 1 env`.
 """
 
 import argparse
@@ -22,12 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
-from data import DataError, read_images, read_split, split_images
+from data import DataError, read_images, read_split, require, split_images
 from extras import speed
 from extras.paper import ARMS, ISIC, SIZES, SMALL, SMALL_TIMED, TABLES, TIMES
 from metrics import mean_and_spread
-from runtime import (UserError, clear_exit, command_parser, pick_device, positive, read_config,
-                     write_text)
+from runtime import clear_exit, command_parser, pick_device, positive, read_config, write_text
 
 # %% the runs behind a table
 
@@ -174,14 +171,11 @@ def compared_lines(rows: list[dict], metric: str) -> list[str]:
 def make_tables(args: argparse.Namespace) -> None:
     """Make the runs that are missing, then the tables."""
     for name in args.tables:
-        if name not in TABLES:
-            raise UserError(f"there is no table {name}; --list names {', '.join(TABLES)}")
+        require(name in TABLES, f"there is no table {name}; --list names {', '.join(TABLES)}")
     rows = [row | {"table": name} for name in args.tables for row in TABLES[name]["rows"]
             if not args.labels or row["labels"] in args.labels]
-    if not rows and args.labels:
-        raise UserError("no row of these tables has these --labels")
-    if args.data is None:
-        raise UserError("--data names the folder of images to make the tables on")
+    require(rows or not args.labels, "no row of these tables has these --labels")
+    require(args.data, "--data names the folder of images to make the tables on")
     pick_device(args.device)
     changed = {"init": args.init, "epochs": args.epochs}
     args.setup = SIZES[args.size] | {key: value for key, value in changed.items() if value}
@@ -192,8 +186,8 @@ def make_tables(args: argparse.Namespace) -> None:
     shared = {name: getattr(args, name) for name in ("data", "split_file", "cache", "device",
                                                      "workers")}  # which change no number
     args.shared = [*typed(shared), "--resume"]
-    if not images.classes and args.tables != ["T1"]:
-        raise UserError(f"{args.data} has no labels, which these tables need")
+    require(images.classes or args.tables == ["T1"],
+            f"{args.data} has no labels, which these tables need")
     for words in missing_runs(rows, args):
         print(shlex.join(["python", *words]), flush=True)
         if not args.print:  # a process of its own each: one that dies leaves the others alone
@@ -203,8 +197,8 @@ def make_tables(args: argparse.Namespace) -> None:
         return
     for name in args.tables:
         write_table(name, [row for row in rows if row["table"] == name], args)
-    if failed := missing_runs(rows, args):
-        raise UserError(f"{len(failed)} runs failed, see above; the same command tries them again")
+    failed = len(missing_runs(rows, args))
+    require(not failed, f"{failed} runs failed, see above; the same command tries them again")
 
 
 def write_table(name: str, rows: list[dict], args: argparse.Namespace) -> None:
