@@ -4,7 +4,7 @@ Labels are multi-hot `(N, K)`, for multi-class tasks too; probabilities `(N, K)`
 *Macro*: the mean over classes, so that rare ones count as much. *Pooled*: of all counts added."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -156,11 +156,11 @@ class Gauges:
         return row
 
     @torch.no_grad()
-    def untrained(self, forward: Callable, loader: Iterable, *others: nn.Module) -> list[tuple]:
+    def untrained(self, forward: Callable, loader: Iterable) -> list[tuple]:
         """`forward(batch)` for the first 256 images. Call it in training mode, as later rows are
-        made: in evaluation mode an untrained CNN gives nearly one output for all. The buffers, of
-        `others` too, and torch's random streams stay as they were."""
-        networks = [*self.networks.values(), *others]
+        made: in evaluation mode an untrained CNN gives nearly one output for all. The buffers and
+        torch's random streams stay as they were."""
+        networks = list(self.networks.values())
         buffers = [(b, b.clone()) for network in networks for b in network.buffers()]
         device, outputs = next(networks[0].parameters()).device, []
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -172,15 +172,13 @@ class Gauges:
             buffer.copy_(value)
         return outputs
 
-    def warnings(self, row: dict, first: dict | None) -> list[str]:
+    def warnings(self, row: dict, first: dict | None) -> Iterator[str]:
         """A sentence, once, for a network that gives one output for all; `first`: epoch 0's row."""
-        sentences = []
         for name in self.networks:
             cosine, rank = row.get(f"{name}_cosine"), row.get(f"{name}_rank")
             before = (first or {}).get(f"{name}_cosine")
             if name not in self.said and cosine is not None and (cosine > 0.99 or rank == 0):
                 self.said.add(name)
                 start = "" if before is None else f"; before training cosine {before:.3f}"
-                sentences.append(f"{name} gives almost the same output for every image (cosine "
-                                 f"{cosine:.3f}, rank {rank:.1f}{start}), whatever the loss says")
-        return sentences
+                yield (f"{name} gives almost the same output for every image (cosine {cosine:.3f}, "
+                       f"rank {rank:.1f}{start}), whatever the loss says")
