@@ -129,8 +129,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, lr: float |
         help="auto: bf16 where the processor multiplies in it, else fp16 on a GPU, fp32 on a CPU")
     add("--checkpointing", action="store_true", help="keep fewer activations and compute them "
         "again in the backward pass: less memory, about a third slower, the same steps")
-    add("--workers", type=int, help="loader processes; any number gives the same bits (1 beside a "
-        "CPU, where more would fight with training, and up to 8 beside a GPU)")
+    add("--workers", type=int, help="loader processes; any number gives the same bits (beside a "
+        "CPU 1, where more would fight with training, or 0 on two cores; beside a GPU up to 8)")
     add("--cache", type=Path, metavar="DIR", help="keep resized images there, in one file "
         "of 3 bytes a pixel; results are the same to the bit")
     add("--resume", action="store_true", help="go on from the last checkpoint of this run")
@@ -190,8 +190,9 @@ def pick_hardware(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 def pick_workers(workers: int | None, device: torch.device) -> int:
     """The number of loader processes: `workers`, or what suits the device if that is None."""
-    if workers is None:
-        return min(8, max(1, (os.cpu_count() or 1) - 1)) if device.type == "cuda" else 1
+    if workers is None:  # on two cores loading in turn with training is no slower than beside it
+        cores = os.cpu_count() or 1
+        return min(8, max(1, cores - 1)) if device.type == "cuda" else int(cores > 2)
     if workers < 0:
         raise UserError(f"--workers {workers} is below 0")
     return workers

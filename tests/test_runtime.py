@@ -105,6 +105,8 @@ def test_automatic_choices(native: bool, on_gpu: torch.dtype, on_cpu: torch.dtyp
     assert pick_device("auto") == cpu
     assert [pick_workers(n, cpu) for n in (None, 0, 5)] == [1, 0, 5]
     assert [pick_workers(n, gpu) for n in (None, 0, 9)] == [3, 0, 9]
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert [pick_workers(None, device) for device in (cpu, gpu)] == [0, 1]
     assert pick_precision("auto", gpu) == on_gpu and pick_precision("auto", cpu) == on_cpu
 
 
