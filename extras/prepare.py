@@ -187,8 +187,8 @@ def find_source(folder: Path) -> Path | None:
     found = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in (".csv", ".npz")
              and path.name != "labels.csv"]
     found = [path for path in found if path.name == ISIC] or found
-    names = " and ".join(map(str, found))
-    require(len(found) < 2, f"{names} may all tell the labels; choose with --table")
+    names = " and ".join(map(str, found[:2]))
+    require(len(found) < 2, f"{names} may both tell the labels; choose with --table")
     return found[0] if found else None
 
 

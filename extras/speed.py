@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import timm
 import torch
 from torch import nn
 from torch.optim import Adam
@@ -191,9 +190,8 @@ def measure(args: argparse.Namespace, hardware: tuple) -> dict[tuple, list[tuple
                 timed = TimedLoader(batches, args.warm_up, device)
                 before = peak_memory(device, reset=True)
                 _, name, precision = key
-                pick_attention(device, precision)
-                if name in ("plain loop", "plain, fast, attention off"):
-                    timm.layers.set_fused_attn(True)
+                fused = name in ("plain loop", "plain, fast, attention off")
+                pick_attention(device, torch.float32 if fused else precision)
                 networks = build()
                 if name == "plain loop":  # as timm gives them
                     networks = [one.to(memory_format=torch.contiguous_format) for one in networks]
