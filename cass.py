@@ -99,12 +99,12 @@ def pretrain_cass(
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     parts = [*arms, *optimizers, *averages, scaler]  # all that changes while training
     history, steps = restore(parts), len(loader)  # the loss of each epoch that is done
+    set_epoch = getattr(loader, "set_epoch", lambda epoch: None)  # a plain DataLoader has none
     if len(history) < swa_start * epochs:  # of a finished run that trains on, far enough
         for average in averages:
             average.n_averaged.zero_()
     for epoch in range(len(history), epochs):
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
+        set_epoch(epoch)
         losses, outputs = [], []
         for step, images in enumerate(loader, epoch * steps):
             for optimizer in optimizers:
@@ -132,8 +132,7 @@ def pretrain_cass(
         save(parts, history)
     if averages[0].n_averaged == 0:  # never averaged: an AveragedModel holds the first weights
         return arms
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epochs - 1)  # resumed after the last epoch, it has not been told
+    set_epoch(epochs - 1)  # resumed after the last epoch, the loader has not been told
     with autocast:
         for average in averages:
             update_bn(loader, average, device)

@@ -253,7 +253,6 @@ def split_images(images: ImageSet, *, seed: int = 0,
     """Give a part to every row that has none: with its group (patient) where that has one, else
     by `ratios`, stratified. Parts that the data set names stay (paper, 4.3), but a validation or
     test part that is missing or has no labels is taken from training, in the same ratios."""
-    require(seed >= 0, f"--split-seed {seed} is below 0")
     home = {row.group: row.split for row in images.rows if row.group and row.split}
     rows = [replace(row, split=row.split or home.get(row.group, "")) for row in images.rows]
     free, wanted = [i for i, row in enumerate(rows) if not row.split], dict(zip(PARTS, ratios))
@@ -379,6 +378,8 @@ def read_split(file: Path, images: ImageSet, grow: bool = False) -> ImageSet:
 
 def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options of every command that reads images."""
+    from runtime import whole_number
+
     shares = _numbers(lambda v: len(v) == 3 and min(v) >= 0 < v[0] and abs(sum(v) - 1) < 1e-6,
                       "three shares that sum to 1, like 0.7,0.1,0.2")
     window = _numbers(lambda v: len(v) == 2 and v[0] < v[1],
@@ -389,7 +390,7 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> 
     add("--ratios", type=shares, default=(0.7, 0.1, 0.2), metavar="T,V,T",
         help="shares of training, validation and test where the folder has no split of its own "
              "(paper: 0.7,0.1,0.2; its first version: 0.8,0.1,0.1)")
-    add("--split-seed", type=int, default=0, help="fixes the split (default: %(default)s)")
+    add("--split-seed", type=whole_number, default=0, help="fixes the split (default: %(default)s)")
     add("--split-file", type=Path, metavar="FILE", help="take the parts from a split.csv, of a run "
         "or of extras.audit; images it does not name are left out")
     add("--window", type=window, default="auto", metavar="auto|image|LOW,HIGH",

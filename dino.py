@@ -211,10 +211,10 @@ def pretrain_dino(
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     parts = [student, teacher, centre, optimizer, scaler]  # all that changes while training
     history, steps = restore(parts), len(loader)  # the loss of each epoch that is done
+    set_epoch = getattr(loader, "set_epoch", lambda epoch: None)  # a plain DataLoader has none
     coldest, warmest, rise = teacher_temperature
     for epoch in range(len(history), epochs):
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
+        set_epoch(epoch)
         losses, outputs = [], []
         for step, batch in enumerate(loader, epoch * steps):
             for group in optimizer.param_groups:

@@ -108,11 +108,11 @@ def finetune_network(
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     parts = [network, best, optimizer, scaler]  # all that changes while training
     history, steps = restore(parts), len(train)  # the validation loss of each epoch that is done
+    set_epoch = getattr(train, "set_epoch", lambda epoch: None)  # a plain DataLoader has none
     for epoch in range(len(history), epochs):
         if history and epoch - 1 - history.index(min(history)) >= patience:
             break
-        if hasattr(train, "set_epoch"):
-            train.set_epoch(epoch)
+        set_epoch(epoch)
         network.train(not linear)  # a frozen network keeps its batch-norm statistics
         losses = []
         for step, (images, truth) in enumerate(train, epoch * steps):
@@ -333,8 +333,8 @@ def with_ensemble(arms: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def score_seed(facts: dict, val: dict, test: dict, images: Any) -> dict:
-    """Scores of one seed's networks and their ensemble; which of them was `chosen`, by its score on
-    the validation part, and which is the `oracle` that no one has: the best on the test part."""
+    """Scores of one seed's networks and their ensemble, and which of them was `chosen`, by its
+    score on the validation part."""
     from metrics import bootstrap_interval, score
 
     kind, rows = (images.classes, images.multi_label), images.part("test")
@@ -347,8 +347,7 @@ def score_seed(facts: dict, val: dict, test: dict, images: Any) -> dict:
                       "validation": score(val_truth, val[name], *kind)["headline"],
                       "interval": bootstrap_interval(test_truth, tested, images.multi_label),
                       "test": score(test_truth, tested, *kind)}
-    return {"arms": arms, "chosen": max(arms, key=lambda name: arms[name]["validation"]),
-            "oracle": max(arms, key=lambda name: arms[name]["test"]["headline"])}
+    return {"arms": arms, "chosen": max(arms, key=lambda name: arms[name]["validation"])}
 
 
 def guess_score(truth: np.ndarray, known: np.ndarray, images: Any) -> dict:
@@ -392,8 +391,7 @@ def report(run: Any, seeds: list[dict], best: dict, loads: list[str], images: An
     truth, known = (images.truth(images.labelled(images.part(part))) for part in ("test", "train"))
     guess = guess_score(truth, known, images)
     tests = {name: [one["arms"][name]["test"] for one in seeds] for name in best["arms"]}
-    for name in ("chosen", "oracle"):
-        tests[name] = [one["arms"][one[name]]["test"] for one in seeds]
+    tests["chosen"] = [one["arms"][one["chosen"]]["test"] for one in seeds]
     means = {name: summary(found) for name, found in tests.items()}
     config = {key: value for key, value in run.config.items() if key != "finished"}
     result = {"headline": guess["headline_name"], "kept_seed": best["seed"],
@@ -403,8 +401,7 @@ def report(run: Any, seeds: list[dict], best: dict, loads: list[str], images: An
     run.finish(chosen=best["chosen"])
     for file in run.folder.glob("checkpoint-*-seed*.pt"):
         file.unlink()
-    print(f"\nscores on {len(truth)} test images, seeds: {len(seeds)}; chosen: best on validation "
-          "images,\noracle: best on these test images, which one cannot know beforehand")
+    print(f"\nscores on {len(truth)} test images, seeds: {len(seeds)}; chosen: best on validation")
     print_scores(means | {"always the same answer": summary([guess])})
     for one in seeds:
         arm = one["arms"][one["chosen"]]

@@ -21,15 +21,9 @@ def decide(probabilities: ndarray, rule: str) -> ndarray:
     return np.eye(probabilities.shape[1], dtype=np.int64)[probabilities.argmax(axis=1)]
 
 
-def class_counts(truth: ndarray, predicted: ndarray) -> dict[str, ndarray]:
-    """Images of each kind from 0/1 arrays `(N, K)`: {"tp", "fp", "fn", "tn"}, each `(K,)`."""
-    yes, said = truth > 0.5, predicted > 0.5
-    return {"tp": (yes & said).sum(0), "fp": (~yes & said).sum(0),
-            "fn": (yes & ~said).sum(0), "tn": (~yes & ~said).sum(0)}
-
-
 def precision_recall_f1(counts: dict[str, ndarray]) -> dict[str, ndarray]:
-    """From counts `(K,)`, or from their sums for pooled scores. 0 / 0 is 0, as in scikit-learn."""
+    """From counts of images `(K,)`, or from their sums for pooled scores. 0 / 0 is 0, as in
+    scikit-learn."""
     tp, fp, fn = counts["tp"], counts["fp"], counts["fn"]
     parts = {"precision": (tp, tp + fp), "recall": (tp, tp + fn), "f1": (2 * tp, 2 * tp + fp + fn)}
     return {name: part / np.maximum(whole, 1) for name, (part, whole) in parts.items()}
@@ -49,7 +43,9 @@ def auroc_per_class(truth: ndarray, probabilities: ndarray) -> list[float | None
 
 def decision_scores(truth: ndarray, predicted: ndarray, classes: list[str], exact: str) -> dict:
     """Scores of 0/1 decisions `(N, K)`; `exact` names the share of images with all K right."""
-    counts = class_counts(truth, predicted)
+    yes, said = truth > 0.5, predicted > 0.5
+    counts = {"tp": (yes & said).sum(0), "fp": (~yes & said).sum(0),
+              "fn": (yes & ~said).sum(0), "tn": (~yes & ~said).sum(0)}  # (K,) each
     each = precision_recall_f1(counts)
     pooled = precision_recall_f1({kind: values.sum() for kind, values in counts.items()})
     scores = {f"{name}_pooled": float(value) for name, value in pooled.items()}

@@ -122,14 +122,14 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, lr: float |
     add("--init", default="imagenet", metavar="imagenet|random|FOLDER",
         help="start weights: through timm (the paper's: %(default)s), random, or a folder of files "
              "named like the model; cass.py takes two for its two arms, joined by a comma")
-    add("--seed", type=seed_number, default=0,
+    add("--seed", type=whole_number, default=0,
         help="drives weights, order and augmentation (0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (%(default)s)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="auto: bf16 where the processor multiplies in it, else fp16 on a GPU, fp32 on a CPU")
     add("--checkpointing", action="store_true", help="keep fewer activations and compute them "
         "again in the backward pass: less memory, about a third slower, the same steps")
-    add("--workers", type=int, help="loader processes; any number gives the same bits (beside a "
+    add("--workers", type=whole_number, help="loader processes; any number gives the same bits (beside a "
         "CPU 1, where more would fight with training, or 0 on two cores; beside a GPU up to 8)")
     add("--cache", type=Path, metavar="DIR", help="keep resized images there, in one file "
         "of 3 bytes a pixel; results are the same to the bit")
@@ -143,8 +143,8 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def seed_number(text: str) -> int:
-    """An argparse type: what torch and numpy both take as a seed."""
+def whole_number(text: str) -> int:
+    """An argparse type: from 0 to what torch and numpy both take as a seed."""
     if not text.isdecimal() or not int(text[:20]) < 2 ** 32:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^32 - 1")
     return int(text)
@@ -193,8 +193,6 @@ def pick_workers(workers: int | None, device: torch.device) -> int:
     if workers is None:  # on two cores loading in turn with training is no slower than beside it
         cores = os.cpu_count() or 1
         return min(8, max(1, cores - 1)) if device.type == "cuda" else int(cores > 2)
-    if workers < 0:
-        raise UserError(f"--workers {workers} is below 0")
     return workers
 
 
@@ -219,18 +217,25 @@ def pick_attention(device: torch.device, precision: torch.dtype) -> None:
 
 
 def build_model(name: str, init: str, image_size: int, *, outputs: int | None = None,
-                seed: int = 0, dynamic: bool = False, checkpointing: bool = False) -> nn.Module:
+                seed: int = 0, dynamic: bool = False, checkpointing: bool = False,
+                weights: dict[str, Tensor] | None = None) -> nn.Module:
     """A timm model that takes `(N, 3, image_size, image_size)` and gives `(N, outputs)` logits.
 
-    `init` is `imagenet`, `random` or a folder of weight files; `outputs=None` keeps the
-    classifier. Position embeddings are fitted to `image_size`, with `dynamic` to every batch's.
+    `init` is `imagenet`, `random` or a folder of weight files, or says where `weights` are from;
+    `outputs=None` keeps the classifier. Position embeddings are fitted to `image_size`, with `dynamic` to every batch's.
     `checkpointing` keeps a block's input alone and runs the block again in the backward pass; batch
     norms then see each batch twice, which moves their averages, not what is trained.
     The model carries `.arch`, `.image_size`, `.fixed_size` (was it built for that size alone) and
     `.origin`, a line on where its weights are from. Raises `UserError`.
     """
-    check_name(name)
+    known = {*timm.list_models(), *timm.list_pretrained()}  # without a tag, and with
+    if name not in known:
+        near = difflib.get_close_matches(name, sorted(known), 4, 0.5)
+        raise UserError(f"timm {timm.__version__} knows no model {name!r}"
+                        + f"; the nearest names are {', '.join(near)}" * bool(near))
     create = partial(_create, name, image_size, seed, dynamic, checkpointing)
+    if weights is not None:
+        return _with_weights(create, outputs, weights, init)
     if init == "random":
         return create(outputs)
     if init == "imagenet":
@@ -245,23 +250,10 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
     raise UserError(f"--init {init} holds no weights for {name}: put {name}.safetensors there")
 
 
-def load_network(file: Path, image_size: int, outputs: int | None = None, seed: int = 0,
-                 checkpointing: bool = False) -> nn.Module:
-    """The network in `file`, for images of `image_size`; with `outputs`, under a new random head
-    of that many classes. Every other weight must be there and fit. Raises `UserError`."""
+def load_network(file: Path, image_size: int, **options: Any) -> nn.Module:
+    """The network in `file`, for images of `image_size`; `options` are those of `build_model`."""
     saved = read_network(file)
-    check_name(saved["arch"])
-    create = partial(_create, saved["arch"], image_size, seed, False, checkpointing)
-    return _with_weights(create, outputs, saved["state_dict"], file)
-
-
-def check_name(name: str) -> None:
-    """Raise `UserError` if timm has no such model."""
-    known = {*timm.list_models(), *timm.list_pretrained()}  # without a tag, and with
-    if name not in known:
-        near = difflib.get_close_matches(name, sorted(known), 4, 0.5)
-        raise UserError(f"timm {timm.__version__} knows no model {name!r}"
-                        + f"; the nearest names are {', '.join(near)}" * bool(near))
+    return build_model(saved["arch"], str(file), image_size, weights=saved["state_dict"], **options)
 
 
 def _create(name: str, image_size: int, seed: int, dynamic: bool, checkpointing: bool,

@@ -28,7 +28,7 @@ import finetune
 from extras import cka, curves, maps, sample
 from extras.pictures import grid, words
 from images import load_image
-from runtime import UserError, clear_exit, command_parser, seed_number
+from runtime import UserError, clear_exit, command_parser, whole_number
 
 GAUGES = ("loss", "cnn_cosine", "cnn_rank", "transformer_cosine", "transformer_rank")
 OWN = """{}. Your own folder DIR of images (README, Your images, says which networks suit a CPU):
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="a new folder "
                         "(default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="DINO, maps and CKA too")
-    parser.add_argument("--seed", type=seed_number, default=0, help="other images, start weights "
+    parser.add_argument("--seed", type=whole_number, default=0, help="other images, start weights "
                         "and labels (0)")
     args = parser.parse_args(argv)
     begun = time.perf_counter()

@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
-from runtime import UserError, clear_exit, command_parser, positive, seed_number
+from runtime import UserError, clear_exit, command_parser, positive, whole_number
 
 HEIGHT, WIDTH = 352, 469  # paper, 4.3
 MARGIN = 110  # while drawing, as half a large cell may hang over the edge
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     add("folder", help="folder to write the synthetic set into, a new or an empty one")
     add("--images", type=positive(int), default=198, help="images (default and paper: 198)")
     add("--patients", type=positive(int), default=7, help="patients (default and paper: 7)")
-    add("--seed", type=seed_number, default=0, help="equal seeds draw equal images (default: 0)")
+    add("--seed", type=whole_number, default=0, help="equal seeds draw equal images (default: 0)")
     args = parser.parse_args(argv)
     with clear_exit():
         draw_sample(args.folder, args.images, args.patients, args.seed)

@@ -66,10 +66,10 @@ def refused(capsys, root: Path, command: str, more: str, words: str) -> None:
 ANYWHERE = [  # options that all commands share
     ("--data set/cat/0.png", "is not a folder"), ("--data quote", "quote/labels.csv"),
     ("--seed -1", "--seed & -1"), ("--seed x", "x is not a whole number"), ("--init=", "no folder"),
-    ("--seed 9999999999", "--seed"), ("--split-seed -1", "below 0"),
+    ("--seed 9999999999", "--seed"), ("--split-seed -1", "--split-seed & -1"),
     ("--image-size 8", "--image-size 8 & 16 is"), ("--image-size -32", "--image-size & -32"),
     ("--device gpu", "--device gpu & --device cpu"), ("--device cuda:99", "--device cuda:99"),
-    ("--batch-size 0", "--batch-size & 0"), ("--workers two", "--workers & 'two'"),
+    ("--batch-size 0", "--batch-size & 0"), ("--workers two", "--workers & two"),
     ("--ratios 0.7,0.1", "--ratios & 0.7,0.1"), ("--ratios 0.9,0.9,-0.8", "sum to 1"),
     ("--ratios 70,10,20", "sum to 1"), ("--ratios 0,0.5,0.5", "sum to 1"),
     ("--ratios nan,0,1", "sum to 1"), ("--window 5,4", "--window & LOW,HIGH"),
@@ -83,7 +83,7 @@ EVERYWHERE = [  # what each command has to look at itself
     ("--data nowhere", "nowhere is not a folder"), ("--data text", "text holds no images & 1 .txt"),
     ("--device meta", "--device meta"), ("--batch-size 1", "--batch-size 1"),
     ("--image-size 40", "--image-size 40 & no multiple & test_vit & 16 & 32 is"),
-    ("--workers -1", "--workers -1"), ("--split-file other.csv", "other.csv"),
+    ("--workers -1", "--workers & -1"), ("--split-file other.csv", "other.csv"),
     ("--out set/cat/0.png", "--out set/cat/0.png can't be written"),
     ("--cache set/cat/0.png", "--cache set/cat/0.png can't be written")]
 
@@ -120,7 +120,7 @@ OWN = [
     ("predict", "--predict nowhere", "nowhere"), ("predict", "--predict text", "no images"),
     ("predict", "--predict text/notes.txt", "text/notes.txt can't be read as an image"),
     ("predict", "--weights pre", "pre/cnn.pt is pretrained only"),
-    ("predict", "--weights nowhere", "nowhere"), ("predict", "--workers -1", "--workers -1"),
+    ("predict", "--weights nowhere", "nowhere"), ("predict", "--workers -1", "--workers & -1"),
     ("predict", "--out tuned", "tuned/predictions.csv is there already"),
     ("predict", "--out set/cat/0.png", "set/cat/0.png"),
     ("bare", "--predict set", "--predict needs fine-tuned --weights"),

@@ -369,7 +369,8 @@ def test_saved_network_is_loaded_by_timm_and_by_us(name: str, size: int, tmp_pat
     facts = read_network(file)
     assert [facts[key] for key in ("arch", "num_classes", "image_size", "classes", "window")] == [
         name, 3, size, ["cat"], (1.0, 9.0)]
-    first, same, other = (load_network(file, size, 3, seed).state_dict() for seed in (1, 1, 2))
+    first, same, other = (load_network(file, size, outputs=3, seed=seed).state_dict()
+                          for seed in (1, 1, 2))
     assert equal(first, same) and equal(first, weights, HEAD)
     assert not equal(first, other) and not equal(first, weights)  # a new head, though as wide
     if name == "test_vit":
