@@ -432,7 +432,7 @@ def training_loader(args: argparse.Namespace, images: ImageSet,
     rows = images.part("train")
     require(1 < args.batch_size <= len(rows), f"--batch-size {args.batch_size} does not lie "
             f"between 2 and the {len(rows)} training images of {args.data}")
-    cache = args.cache and ImageCache(images, args.image_size, args.cache, args.workers)
+    cache = args.cache and ImageCache(args.cache, args.image_size)
     return make_loader(ImageRows(images, rows, transform, args.seed, cache=cache), args.batch_size,
                        seed=args.seed, drop_last=True, workers=args.workers)
 

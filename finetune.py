@@ -271,7 +271,7 @@ def run_tuning(args: argparse.Namespace) -> None:
         return print(f"{out} is finished; there is nothing to resume")
     arms = {name: new_network(args, start, len(images.classes), args.seed)
             for name, start in starts.items()}
-    cache = args.cache and ImageCache(images, args.image_size, args.cache, args.workers)
+    cache = args.cache and ImageCache(args.cache, args.image_size)
     begin_run(run, images, arms, (device, precision))
     seeds, lines, highest = [], [], -1.0
     for seed in range(args.seed, args.seed + args.seeds):

@@ -8,10 +8,8 @@ refused with one sentence. The rows come from data.py.
 import hashlib
 import os
 import re
-import shutil
 import signal
 import sys
-import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator
@@ -310,8 +308,8 @@ class ImageRows(Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
-        path = self.paths[index]
-        image = self.cache[path] if self.cache else load_image(self.folder / path, self.window)
+        load = self.cache.load if self.cache else load_image
+        image = load(self.folder / self.paths[index], self.window)
         stream = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):  # the training loop's own stream stays as it was
             torch.default_generator.manual_seed(int(stream >> 1))
@@ -379,61 +377,38 @@ def _quiet_worker(_: int) -> None:
 
 
 class ImageCache:
-    """The images of a data set resized to `(size, size)`: one uint8 array `(N, size, size, 3)` in
-    a file in `folder`. Resizing is the first step of every augmentation, so what comes out of the
-    others is the same to the bit.
+    """Images resized to `(size, size)`, each kept in `folder` in a file of 3 bytes a pixel once it
+    was asked for. Resizing is the first step of every augmentation, so what comes out of the others
+    is the same to the bit. The name of a file is a hash of what it was made from, so a changed image
+    gets another; it is renamed when whole, whoever else writes it. Raises `DataError`."""
 
-    Its name is a hash of what it was made from, so a changed image makes another file. It is
-    written aside and renamed when whole, whoever else builds it. Raises `DataError`.
-    """
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.size = folder, (size, size)
+        self.resize = v2.Resize(self.size, v2.InterpolationMode.BILINEAR)
+        self._write("CACHEDIR.TAG", b"Signature: 8a477f597d28d172789f06886806bc55\n")  # no backups
 
-    def __init__(self, images: ImageSet, size: int, folder: Path, workers: int = 0) -> None:
-        paths = sorted(row.path for row in images.rows)
-        self.index, self.shape = {path: i for i, path in enumerate(paths)}, (size, size, 3)
-        made_from = [images.folder.resolve(), self.shape, images.window, PIL.__version__]
-        for path in paths:
-            try:
-                file = os.stat(images.folder / path)
-            except OSError as error:
-                raise DataError(f"{images.folder / path} can't be read: {error.strerror}") from None
-            made_from.append((path, file.st_size, file.st_mtime_ns, file.st_ctime_ns))
-        key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:32]
-        self.file = folder / f"images-{size}-{key}.uint8"
-        whole = len(paths) * size * size * 3
-        if not self.file.is_file() or self.file.stat().st_size != whole:
-            try:
-                self._build(images, whole, workers)
-            except OSError as error:
-                raise DataError(f"--cache {folder} can't be written: {error.strerror}") from None
-
-    def __getitem__(self, path: str) -> Image.Image:
-        size = int(np.prod(self.shape))  # in bytes
+    def load(self, path: Path, window: tuple[float, float] | None = None) -> Image.Image:
+        """What `load_image` returns, resized."""
+        if not path.is_file():
+            return load_image(path)  # which says what is wrong
+        state = path.stat()
+        made_from = (path.absolute(), self.size, window, PIL.__version__,
+                     state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:32] + ".rgb"
         try:
-            pixels = np.fromfile(self.file, np.uint8, size, offset=size * self.index[path])
-            return Image.fromarray(pixels.reshape(self.shape))
-        except (OSError, ValueError):
-            raise DataError(f"{self.file} was removed or cut off while in use; the next run makes "
-                            "it anew") from None
+            return Image.frombytes("RGB", self.size, (self.folder / name).read_bytes())
+        except (FileNotFoundError, ValueError):  # not there yet, or cut off
+            image = self.resize(load_image(path, window))
+        self._write(name, image.tobytes())
+        return image
 
-    def _build(self, images: ImageSet, whole: int, workers: int) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.file.parent).free
-        require(free >= whole, f"--cache {self.file.parent} has {free / 1e9:.1f} GB left, and "
-                               f"{whole / 1e9:.1f} are needed")
-        resize = v2.Resize(self.shape[:2], v2.InterpolationMode.BILINEAR)
-        rows = [Row(path) for path in self.index]
-        dataset = ImageRows(images, rows, v2.Compose([resize, np.array]))
-        loader = make_loader(dataset, 32, shuffle=False, workers=workers)
-        aside = self.file.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        print(f"writing {len(rows)} images, {whole / 1e6:,.0f} MB, to the cache {self.file}")
+    def _write(self, name: str, content: bytes) -> None:
+        aside = self.folder / f"{name}.{os.getpid()}.tmp"
         try:
-            with open(aside, "wb") as file:
-                for batch in tqdm(loader, unit="batch", disable=not sys.stdout.isatty()):
-                    file.write(batch.numpy())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self.file)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside.write_bytes(content)
+            os.replace(aside, self.folder / name)
+        except OSError as error:
+            if aside.is_file():
+                aside.unlink()
+            raise DataError(f"--cache {self.folder} can't be written: {error.strerror}") from None

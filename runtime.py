@@ -129,10 +129,11 @@ def add_run_options(parser: argparse.ArgumentParser, *, epochs: int, lr: float |
         help="auto: bf16 where the processor multiplies in it, else fp16 on a GPU, fp32 on a CPU")
     add("--checkpointing", action="store_true", help="keep fewer activations and compute them "
         "again in the backward pass: less memory, about a third slower, the same steps")
-    add("--workers", type=whole_number, help="loader processes; any number gives the same bits (beside a "
-        "CPU 1, where more would fight with training, or 0 on two cores; beside a GPU up to 8)")
-    add("--cache", type=Path, metavar="DIR", help="keep resized images there, in one file "
-        "of 3 bytes a pixel; results are the same to the bit")
+    add("--workers", type=whole_number, help="loader processes; any number gives the same "
+        "bits (beside a CPU 1, where more would fight with training, or 0 on two cores; beside a "
+        "GPU up to 8)")
+    add("--cache", type=Path, metavar="DIR", help="keep resized images there, each in "
+        "3 bytes a pixel; results are the same to the bit")
     add("--resume", action="store_true", help="go on from the last checkpoint of this run")
 
 
@@ -253,7 +254,8 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
 def load_network(file: Path, image_size: int, **options: Any) -> nn.Module:
     """The network in `file`, for images of `image_size`; `options` are those of `build_model`."""
     saved = read_network(file)
-    return build_model(saved["arch"], str(file), image_size, weights=saved["state_dict"], **options)
+    weights = saved["state_dict"]
+    return build_model(saved["arch"], str(file), image_size, weights=weights, **options)
 
 
 def _create(name: str, image_size: int, seed: int, dynamic: bool, checkpointing: bool,
@@ -632,6 +634,8 @@ def watch(run: Run, gauges: Any, look: Callable[[int, dict], dict], hint: str,
     its warnings."""
     device = next(next(iter(gauges.networks.values())).parameters()).device.type
     timed = 0 if device == "cpu" else 1  # the first steps on a GPU tell nothing of the others
+    if run.config["options"].get("cache"):  # nor do epochs in which images are still decoded
+        timed = 2
 
     def log(row: dict) -> None:
         run.log(row | look(row["epoch"], gauges.networks))

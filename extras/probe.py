@@ -108,7 +108,7 @@ def look_into(args: argparse.Namespace, every: int) -> Callable[[int, dict[str, 
     def look(epoch: int, networks: dict[str, nn.Module]) -> dict[str, float]:
         if epoch % every and epoch != args.epochs:
             return {}
-        cache = args.cache and ImageCache(images, args.image_size, args.cache, workers)
+        cache = args.cache and ImageCache(args.cache, args.image_size)
         row = {}
         for name, network in networks.items():
             scores = probe_network(network, images, args.batch_size, workers, cache)

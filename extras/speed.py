@@ -183,7 +183,9 @@ def measure(args: argparse.Namespace, hardware: tuple) -> dict[tuple, list[tuple
     rows = images.part("train")[:(args.warm_up + args.steps) * args.batch_size]
     images = replace(images, rows=rows)
     with tempfile.TemporaryDirectory() as folder:
-        cache = ImageCache(images, args.image_size, Path(folder))
+        cache = ImageCache(Path(folder), args.image_size)
+        for row in rows:
+            cache.load(images.folder / row.path, images.window)
         everything = contestants(args, hardware, images, cache)
         for turn in range(args.rounds):
             for key, (batches, build, loop) in everything.items():

@@ -1,13 +1,8 @@
 """--cache and --split-file: the same bits with and without, whole files only, parts as told."""
 
-import copy
-import multiprocessing
+import errno
 import os
-import pickle
 import shutil
-import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +17,6 @@ import finetune
 from data import (DataError, ImageCache, ImageRows, augmentation, load_image, make_loader,
                   read_images)
 from helpers import class_folders, noise, put
-
-fork = multiprocessing.get_context("fork")
 
 
 def mixed(folder: Path) -> Path:
@@ -42,17 +35,15 @@ def resized(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-# %% what comes out of it
+def files(folder: Path) -> list[Path]:
+    """What a cache holds of images."""
+    return sorted(folder.glob("*.rgb"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_the_same_to_the_bit(tmp_path: Path, workers: int) -> None:
     images = read_images(mixed(tmp_path / "set"))
-    cache = ImageCache(images, 32, tmp_path / "cache", workers)
+    cache = ImageCache(tmp_path / "cache", 32)
     dino_views = dino.DinoViews(32)
 
     def views(image: Image.Image) -> torch.Tensor:
@@ -63,6 +54,7 @@ def test_batches_are_the_same_to_the_bit(tmp_path: Path, workers: int) -> None:
             loader = make_loader(rows, 3, seed=3, workers=workers and transform is not views)
             return [b for epoch in (0, 1) if loader.set_epoch(epoch) is None for b in loader]
         assert all(map(torch.equal, batches(cache), batches(None))) and len(batches(cache)) == 4
+    assert len(files(tmp_path / "cache")) == len(images.rows)
 
 
 RUNS = [(cass, "--cnn test_resnet --transformer test_vit"),
@@ -72,145 +64,80 @@ RUNS = [(cass, "--cnn test_resnet --transformer test_vit"),
 @pytest.mark.parametrize("module, options", RUNS, ids=("cass", "dino", "finetune"))
 def test_weights_are_the_same_to_the_bit(module, options: str, tmp_path: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = class_folders(tmp_path / "set", a=6, b=6)
-    ImageCache(read_images(folder), 32, tmp_path / "cache")
-    common = ["--data", str(folder), *options.split(), "--init", "random", "--image-size", "32",
-              "--batch-size", "8", "--workers", "0", "--epochs", "1", "--out"]
-    module.main([*common, str(tmp_path / "plain")])
+    """By a run that fills the cache, and by one that decodes nothing."""
+    common = ["--data", str(class_folders(tmp_path / "set", a=6, b=6)), *options.split(),
+              "--init", "random", "--image-size", "32", "--batch-size", "8", "--workers", "0",
+              "--epochs", "1", "--cache"]
+    module.main([*common[:-1], "--out", str(tmp_path / "plain")])
+    module.main([*common, str(tmp_path / "cache"), "--out", str(tmp_path / "first")])
     monkeypatch.setattr("images.load_image", lambda path, *_: pytest.fail(f"{path} was decoded"))
-    module.main([*common, str(tmp_path / "cached"), "--cache", str(tmp_path / "cache")])
-    files = [p.name for p in (tmp_path / "plain").glob("*.pt") if "checkpoint" not in p.name]
-    assert files and len(names(tmp_path / "cache")) == 1
-    for file in files:
-        plain, cached = (torch.load(tmp_path / run / file, weights_only=True)["state_dict"]
-                         for run in ("plain", "cached"))
-        assert all(torch.equal(plain[key], cached[key]) for key in plain)
+    module.main([*common, str(tmp_path / "cache"), "--out", str(tmp_path / "second")])
+    networks = [p.name for p in (tmp_path / "plain").glob("*.pt") if "checkpoint" not in p.name]
+    assert networks
+    for file in networks:
+        plain, *cached = (torch.load(tmp_path / run / file, weights_only=True)["state_dict"]
+                          for run in ("plain", "first", "second"))
+        for weights in cached:
+            assert all(torch.equal(plain[key], weights[key]) for key in plain)
 
 
-def test_one_array_of_bytes_in_the_order_of_the_paths_read_by_any_process(tmp_path: Path) -> None:
-    images = read_images(class_folders(tmp_path / "set", a=20, b=2))
-    cache = ImageCache(images, 32, tmp_path / "cache")
-    (file,) = (tmp_path / "cache").iterdir()
-    array, sent = np.memmap(file, np.uint8, "r", shape=(22, 32, 32, 3)), copy.deepcopy(cache)
-    assert len(pickle.dumps(sent)) < 10_000  # what a worker gets: the way there, not the pixels
-    for i, path in enumerate(sorted(row.path for row in images.rows)):
-        wanted = resized(load_image(images.folder / path), 32)
-        assert np.array_equal(array[i], wanted)
-        assert np.array_equal(np.asarray(sent[path]), wanted)
+def test_each_size_window_and_changed_image_has_a_file_of_its_own(tmp_path: Path) -> None:
+    path, folder = put(tmp_path / "set", "0.bmp") / "0.bmp", tmp_path / "cache"
+    for size, window, count in ((8, None, 1), (16, None, 2), (8, (0, 9), 3), (8, None, 3)):
+        assert ImageCache(folder, size).load(path, window).size == (size, size)
+        assert len(files(folder)) == count
+    time_before = path.stat().st_mtime_ns
+    noise(98).save(path)  # of the same size
+    os.utime(path, ns=(0, time_before + 1))
+    found = ImageCache(folder, 8).load(path)
+    assert np.array_equal(np.asarray(found), resized(noise(98), 8)) and len(files(folder)) == 4
 
 
-# %% when it is made anew
-
-
-def test_each_size_each_list_of_files_and_each_changed_image_has_its_own(tmp_path: Path) -> None:
-    folder, caches = put(tmp_path / "set", "a/0.bmp", "a/1.bmp"), tmp_path / "cache"
-    images, changed = read_images(folder), folder / "a" / "1.bmp"
-    for size, count in ((8, 1), (16, 2), (8, 2)):
-        assert ImageCache(images, size, caches)["a/0.bmp"].size == (size, size)
-        assert len(names(caches)) == count
-    images.rows.reverse()  # the order of the rows is not the order of the files
-    ImageCache(images, 16, caches)
-    assert len(names(caches)) == 2
-    shutil.copytree(folder, tmp_path / "copy")  # same names, sizes and times, perhaps others
-    ImageCache(read_images(tmp_path / "copy"), 8, caches)
-    assert len(names(caches)) == 3
-    time_before = changed.stat().st_mtime_ns
-    noise(98).save(changed)  # of the same size
-    os.utime(changed, ns=(0, time_before + 1))
-    after = ImageCache(images, 8, caches)
-    assert np.array_equal(np.asarray(after["a/1.bmp"]), resized(noise(98), 8))
-    put(folder, "a/9.png")
-    ImageCache(read_images(folder), 8, caches)
-    assert len(names(caches)) == 5
-
-
-def test_file_of_a_wrong_length_is_made_anew(tmp_path: Path) -> None:
-    images = read_images(class_folders(tmp_path / "set", a=3))
-    ImageCache(images, 8, tmp_path / "cache")
-    (file,) = (tmp_path / "cache").iterdir()
+def test_file_that_is_cut_off_is_made_anew(tmp_path: Path) -> None:
+    path, cache = put(tmp_path / "set", "0.png") / "0.png", ImageCache(tmp_path / "cache", 8)
+    cache.load(path)
+    (file,) = files(tmp_path / "cache")
     whole = file.read_bytes()
-    for damaged in (whole[:-1], whole + b"x"):
-        cache = ImageCache(images, 8, tmp_path / "cache")
-        assert file.read_bytes() == whole
+    for damaged in (whole[:-1], b""):
         file.write_bytes(damaged)
-        if len(damaged) < len(whole):  # while it is in use
-            with pytest.raises(DataError, match="cut off while in use"):
-                cache["a/2.png"]
+        assert cache.load(path).tobytes() == whole == file.read_bytes()
 
 
-# %% killed, crowded, full
-
-
-def slow(monkeypatch: pytest.MonkeyPatch, fast: int, seconds: float) -> None:
-    """Put a decoder that is as fast as ever for `fast` images, then slow."""
-    left = [fast]
-
-    def slow_load(path: Path, *window) -> Image.Image:
-        left[0] -= 1
-        time.sleep(seconds if left[0] < 0 else 0)
-        return load_image(path, *window)
-    monkeypatch.setattr("images.load_image", slow_load)
-
-
-def test_killed_half_way_leaves_nothing_that_counts(tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    images, cache = read_images(class_folders(tmp_path / "set", a=70)), tmp_path / "cache"
-    with monkeypatch.context() as patch:
-        slow(patch, 40, 60)
-        patch.setattr(torch.cuda, "is_available", lambda: False)  # not to be used in a fork
-        process = fork.Process(target=ImageCache, args=(images, 32, cache))
-        process.start()
-        deadline = time.time() + 20
-        while not list(cache.glob("*.tmp")) and time.time() < deadline:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-    (left,) = names(cache)
-    assert left.endswith(".tmp")
-    built = ImageCache(images, 32, cache)
-    assert np.array_equal(np.asarray(built["a/69.png"]), resized(noise(69), 32))
-
-
-def test_two_that_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, cache = read_images(class_folders(tmp_path / "set", a=20)), tmp_path / "cache"
-    slow(monkeypatch, 0, 0.01)  # 0.2 s each, so that they overlap
-    with ThreadPoolExecutor() as pool:
-        for built in pool.map(lambda _: ImageCache(images, 32, cache), range(2)):
-            for n in range(20):
-                assert np.array_equal(np.asarray(built[f"a/{n}.png"]), resized(noise(n), 32))
-    assert len(names(cache)) == 1 and not list(cache.glob("*.tmp"))
-
-
-def test_a_damaged_image_or_ctrl_c_leaves_nothing(tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    images = read_images(class_folders(tmp_path / "set", a=3))
-    file = tmp_path / "set" / "a" / "1.png"
-    file.write_bytes(b"x")
-    for workers in (0, 1):
-        with pytest.raises(DataError, match="set/a/1.png can't be read"):
-            ImageCache(images, 8, tmp_path / "cache", workers)
-    file.unlink()
-    with pytest.raises(DataError, match="set/a/1.png can't be read"):
-        ImageCache(images, 8, tmp_path / "cache")
-    file.touch()
+def test_nothing_half_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged image, a removed one, and an end before the renaming."""
+    path, cache = put(tmp_path / "set", "0.png") / "0.png", ImageCache(tmp_path / "cache", 8)
 
     def stop(*_) -> None:
         raise KeyboardInterrupt
-    monkeypatch.setattr("images.load_image", stop)
-    with pytest.raises(KeyboardInterrupt):
-        ImageCache(images, 8, tmp_path / "cache")
-    assert names(tmp_path / "cache") == []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stop)
+        cache.load(path)
+    assert not files(tmp_path / "cache")
+    assert np.array_equal(np.asarray(cache.load(path)), resized(load_image(path), 8))
+    path.write_bytes(b"x")
+    with pytest.raises(DataError, match="set/0.png can't be read"):
+        cache.load(path)
+    path.unlink()
+    with pytest.raises(DataError, match="set/0.png can't be read"):
+        cache.load(path)
 
 
-def test_no_room_and_no_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = read_images(class_folders(tmp_path / "set", a=3))
+def test_folder_that_cant_be_written_or_goes(tmp_path: Path, monkeypatch) -> None:
+    """The first is said when the cache is opened, before anything is trained."""
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="--cache .*file can't be written"):
-        ImageCache(images, 8, tmp_path / "file")
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=575))
-    with pytest.raises(DataError, match="GB left"):
-        ImageCache(images, 8, tmp_path / "cache")  # 3 * 8 * 8 * 3 = 576 bytes
+        ImageCache(tmp_path / "file", 8)
+    path, cache = put(tmp_path / "set", "0.png") / "0.png", ImageCache(tmp_path / "cache", 8)
+    shutil.rmtree(tmp_path / "cache")
+    cache.load(path)
+    assert len(files(tmp_path / "cache")) == 1
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataError, match="--cache .*cache can't be written: No space left"):
+        cache.load(path)
 
 
 # %% --split-file
