@@ -379,8 +379,8 @@ def _quiet_worker(_: int) -> None:
 class ImageCache:
     """Images resized to `(size, size)`, each kept in `folder` in a file of 3 bytes a pixel once it
     was asked for. Resizing is the first step of every augmentation, so what comes out of the others
-    is the same to the bit. The name of a file is a hash of what it was made from, so a changed image
-    gets another; it is renamed when whole, whoever else writes it. Raises `DataError`."""
+    is the same to the bit. A file is named by a hash of what it was made from, so that a changed
+    image gets another, and renamed when whole, whoever else writes it. Raises `DataError`."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, (size, size)

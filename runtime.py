@@ -223,7 +223,8 @@ def build_model(name: str, init: str, image_size: int, *, outputs: int | None = 
     """A timm model that takes `(N, 3, image_size, image_size)` and gives `(N, outputs)` logits.
 
     `init` is `imagenet`, `random` or a folder of weight files, or says where `weights` are from;
-    `outputs=None` keeps the classifier. Position embeddings are fitted to `image_size`, with `dynamic` to every batch's.
+    `outputs=None` keeps the classifier. Position embeddings are fitted to `image_size`, with
+    `dynamic` to every batch's.
     `checkpointing` keeps a block's input alone and runs the block again in the backward pass; batch
     norms then see each batch twice, which moves their averages, not what is trained.
     The model carries `.arch`, `.image_size`, `.fixed_size` (was it built for that size alone) and
