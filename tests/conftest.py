@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,28 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 20 images in two classes, 14 to train on. Tests change it only in copies."""
     from helpers import class_folders
     return class_folders(tmp_path_factory.mktemp("pets"), cat=10, dog=10)
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of two classes in parts of their own, 20 to test on. No test changes them."""
+    from helpers import class_folders
+    counts = {"train/a": 12, "train/b": 12, "test/a": 12, "test/b": 8}
+    return class_folders(tmp_path_factory.mktemp("scans"), **counts)
+
+
+@pytest.fixture(scope="session")
+def scans_run(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a CNN and a Transformer on `scans`, as it is left behind. No test changes it."""
+    from helpers import make_run
+    return make_run(tmp_path_factory.mktemp("runs") / "cass-scans", scans)
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """`said(main, *words)`: the one sentence by which a command refuses these options."""
+    from helpers import sentence
+    return lambda main, *words: sentence(capsys, lambda: main([str(word) for word in words]))
 
 
 @pytest.fixture

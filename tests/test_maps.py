@@ -1,13 +1,11 @@
 """extras/maps.py: arrays against recomputation without hooks; networks and images of a run; the
 command. extras/pictures.py: colours, words and pages."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import make_run, put, sentence
+from helpers import make_run
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,16 +15,7 @@ from runtime import UserError
 
 SMALL = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5,
          "patch_size": 8}
-TRANSFORMERS = {
-    "vit": ("vit_tiny_patch16_224", {"qkv_bias": False}),
-    "deit": ("deit_tiny_distilled_patch16_224", {}),  # two tokens that are no patch
-    "norms and registers": ("vit_tiny_patch16_224", {"reg_tokens": 3, "qk_norm": True}),
-}
-
-
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -48,19 +37,20 @@ def attention_by_hand(model: nn.Module, images: Tensor, block: int) -> Tensor:
     return torch.stack(heads).mean(0)
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_class_attention_is_the_class_tokens_row_on_the_grid_of_patches(name: str,
-                                                                        images: Tensor) -> None:
-    arch, options = TRANSFORMERS[name]
+@pytest.mark.parametrize("arch, options", [
+    ("vit_tiny_patch16_224", {"qkv_bias": False}),
+    ("deit_tiny_distilled_patch16_224", {}),  # two tokens that are no patch
+    ("vit_tiny_patch16_224", {"reg_tokens": 3, "qk_norm": True})])
+def test_class_attention_is_the_class_tokens_row_on_the_grid_of_patches(arch, options):
     timm.layers.set_fused_attn(True)  # the case that hides the weights
     torch.manual_seed(0)
     model = timm.create_model(arch, **SMALL, **options)
     for p in model.parameters():  # as drawn, attention is almost even, and any map would look right
         nn.init.normal_(p, std=0.5)
     assert model.blocks[2].attn.fused_attn
-    expected = attention_by_hand(model, images, 2)[:, 0, model.num_prefix_tokens:]
+    expected = attention_by_hand(model, IMAGES, 2)[:, 0, model.num_prefix_tokens:]
     assert expected.max() > 1.3 * expected.min()  # far from even
-    found = maps.class_attention(model, images, 2)
+    found = maps.class_attention(model, IMAGES, 2)
     np.testing.assert_allclose(found, expected.reshape(3, 4, 4), rtol=1e-4, atol=1e-6)
     assert model.blocks[2].attn.fused_attn
     assert not any(module._forward_hooks for module in model.modules())
@@ -69,29 +59,32 @@ def test_class_attention_is_the_class_tokens_row_on_the_grid_of_patches(name: st
 @pytest.mark.parametrize("name, options", [
     ("vit_tiny_patch16_224", SMALL | {"class_token": False, "global_pool": "avg"}),
     ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 12, "num_heads": (1, 2)})])
-def test_a_network_without_class_token_says_so(name: str, options: dict) -> None:
+def test_a_network_without_class_token_says_so(name, options):
     with pytest.raises(UserError, match="no class attention"):
         maps.class_attention(timm.create_model(name, **options), torch.zeros(1, 3, 32, 32))
 
 
-def test_feature_maps_are_the_first_convolutions_in_running_order(images: Tensor) -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.second, self.first = nn.Conv2d(4, 2, 3), nn.Conv2d(3, 4, 3)
-            self.cut = nn.ReLU(inplace=True)
+class Odd(nn.Module):
+    """Its second convolution is named first, and runs after an activation that works in place."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.cut(self.first(x)))
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.first = nn.Conv2d(4, 2, 3), nn.Conv2d(3, 4, 3)
+        self.cut = nn.ReLU(inplace=True)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.cut(self.first(x)))
+
+
+def test_feature_maps_are_the_first_convolutions_in_running_order():
     model = Odd()
-    found = maps.feature_maps(model, images)
+    found = maps.feature_maps(model, IMAGES)
     assert list(found) == ["first", "second"] and found["first"].min() < 0
     with torch.no_grad():
-        np.testing.assert_array_equal(found["first"], model.first(images))
+        np.testing.assert_array_equal(found["first"], model.first(IMAGES))
     model = timm.create_model("test_efficientnet").train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    found = maps.feature_maps(model, images, most=9)
+    found = maps.feature_maps(model, IMAGES, most=9)
     assert len(found) == 9 and not any("se." in name for name in found)  # of pooled pixels
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -99,37 +92,23 @@ def test_feature_maps_are_the_first_convolutions_in_running_order(images: Tensor
 # %% the command
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    counts = {"train/a": 12, "train/b": 12, "test/a": 8, "test/b": 4}
-    names = [f"{part}/{i}.png" for part, n in counts.items() for i in range(n)]
-    return put(tmp_path_factory.mktemp("data") / "scans", *names)
-
-
-@pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "cass-scans", data)
-
-
-def test_sampled_images_are_test_images_in_the_classes_proportions(data: Path, run: Path) -> None:
-    images = maps.tested_images(data, run, 6)
+def test_sampled_images_are_test_images_in_the_classes_proportions(scans, scans_run):
+    images = maps.tested_images(scans, scans_run, 6)
     assert all(row.path.startswith("test/") for row in images.rows)
     assert [sum(row.labels == (name,) for row in images.rows) for name in "ab"] == [4, 2]
-    assert len(maps.tested_images(data, run / "cnn.pt", 100).rows) == 12
+    assert len(maps.tested_images(scans, scans_run / "cnn.pt", 100).rows) == 20
 
 
-def test_a_larger_image_size_makes_finer_maps(data: Path, run: Path) -> None:
-    image = torch.rand(1, 3, 64, 64)
-    (network,) = read_networks(run / "transformer.pt", torch.device("cpu"), 64).values()
-    assert maps.class_attention(network, image).shape == (1, 4, 4)  # 2 x 2 in training
-    assert network.image_size == 64
+def test_a_larger_image_size_makes_finer_maps(scans_run):
+    [network] = read_networks(scans_run / "transformer.pt", torch.device("cpu"), 64).values()
+    found = maps.class_attention(network, torch.rand(1, 3, 64, 64))
+    assert found.shape == (1, 4, 4) and network.image_size == 64  # 2 x 2 in training
 
 
-def test_the_command_draws_what_the_arrays_say(data: Path, run: Path, tmp_path: Path) -> None:
-    other, out = make_run(tmp_path / "other", data), tmp_path / "out"
-    maps.main(["--weights", str(run), "--weights", str(other), "--image",
-               str(data / "test" / "a" / "0.png"), "--data", str(data), "--average", "6",
-               "--out", str(out)])
+def test_the_command_draws_what_the_arrays_say(scans, scans_run, tmp_path):
+    other, out = make_run(tmp_path / "other", scans), tmp_path / "out"
+    maps.main(["--weights", str(scans_run), "--weights", str(other), "--out", str(out), "--image",
+               str(scans / "test/a/0.png"), "--data", str(scans), "--average", "6"])
     names = {"attention-0", "attention-average", "features-0"}
     assert {file.name for file in out.iterdir()} == {x + y for x in names for y in (".npz", ".png")}
     for name in names:
@@ -137,46 +116,45 @@ def test_the_command_draws_what_the_arrays_say(data: Path, run: Path, tmp_path: 
             assert 700 < picture.width < 2000 and 300 < picture.height < 2000
             assert len(picture.getcolors(picture.width * picture.height)) > 50
     average = np.load(out / "attention-average.npz")
-    model = read_networks(run, torch.device("cpu"))[run / "transformer.pt"]
-    rows = maps.tested_images(data, run, 6)
-    found = [maps.class_attention(model, batch) for batch in plain_batches(rows, 32)]
-    mean = np.concatenate(found).mean(0)
-    key = f"test_vit {run / 'transformer.pt'}"
-    np.testing.assert_allclose(average[key], mean / mean.mean(), rtol=1e-4)
+    file = scans_run / "transformer.pt"
+    model = read_networks(scans_run, torch.device("cpu"))[file]
+    batches = plain_batches(maps.tested_images(scans, scans_run, 6), 32)
+    mean = np.concatenate([maps.class_attention(model, batch) for batch in batches]).mean(0)
+    np.testing.assert_allclose(average[f"test_vit {file}"], mean / mean.mean(), rtol=1e-4)
     assert len(average) == 2 and len(np.load(out / "features-0.npz")) == 2 * 5
 
 
-def test_only_what_a_network_has_is_drawn_and_beside_the_run(data: Path, tmp_path: Path) -> None:
-    image = str(data / "test" / "a" / "0.png")
-    two_cnns = {"cnn": "test_resnet", "transformer": "test_efficientnet"}  # as in Table 18
-    for arms, drawn in (two_cnns, "features-0"), ({"backbone": "test_vit"}, "attention-0"):
-        run = make_run(tmp_path / drawn, data, **arms)
-        maps.main(["--weights", str(run), "--image", image])
-        assert {file.stem for file in (run / "maps").glob("*.png")} == {drawn}
+@pytest.mark.parametrize("networks, drawn", [
+    ({"cnn": "test_resnet", "transformer": "test_efficientnet"}, "features-0"),  # as in Table 18
+    ({"backbone": "test_vit"}, "attention-0")])
+def test_only_what_a_network_has_is_drawn_and_beside_the_run(networks, drawn, scans, tmp_path):
+    run = make_run(tmp_path / "run", scans, **networks)
+    maps.main(["--weights", str(run), "--image", str(scans / "test/a/0.png")])
+    assert {file.stem for file in (run / "maps").glob("*.png")} == {drawn}
 
 
-def test_user_errors_are_one_sentence(data: Path, run: Path, tmp_path: Path, capsys) -> None:
-    image = ["--image", str(data / "test" / "a" / "0.png")]
-    average = ["--data", str(data), "--average", "3"]
-    alone = make_run(tmp_path / "alone", data, backbone="test_resnet")
-    lost = make_run(tmp_path / "lost", data, backbone="test_vit")
+def test_user_errors_are_one_sentence(scans, scans_run, tmp_path, said):
+    image = ["--image", scans / "test/a/0.png"]
+    average = ["--data", scans, "--average", 3]
+    alone = make_run(tmp_path / "alone", scans, backbone="test_resnet")
+    lost = make_run(tmp_path / "lost", scans, backbone="test_vit")
     (lost / "split.csv").unlink()
     for words, weights, *options in (
-            ("say what to draw", run), ("--data DIR", run, "--average", "3", *image),
-            ("none.png", run, "--image", str(data / "none.png")),
-            ("in a block 6;", run, *image, "--block", "6"),
-            ("in a block -1;", run, *image, "--block", "-1"),
-            ("no network", alone, *average), ("split.csv", lost, *average),
-            ("is not there", tmp_path / "gone.pt", *image),
-            ("multiple of", run, *image, "--image-size", "40")):
-        call = ["--weights", str(weights), *options]
-        assert words in sentence(capsys, lambda: maps.main(call))
+            ("say what to draw", scans_run), ("--data DIR", scans_run, "--average", 3, *image),
+            ("none.png", scans_run, "--image", scans / "none.png"),
+            ("in a block 6;", scans_run, *image, "--block", 6),
+            ("in a block -1;", scans_run, *image, "--block", -1),
+            ("multiple of", scans_run, *image, "--image-size", 40),
+            ("no network", alone, *average),
+            ("split.csv", lost, *average),
+            ("is not there", tmp_path / "gone.pt", *image)):
+        assert words in said(maps.main, "--weights", weights, *options)
 
 
 # %% drawing
 
 
-def test_colours_rise_in_lightness_and_keep_their_places() -> None:
+def test_colours_rise_in_lightness_and_keep_their_places():
     ramp = np.asarray(pictures.paint(np.linspace(3, 5, 256)[None], 3, 5, (256, 1)))[0]
     lightness = ramp @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(lightness[::8]) > 0).all()
@@ -186,7 +164,7 @@ def test_colours_rise_in_lightness_and_keep_their_places() -> None:
     assert np.asarray(pictures.paint(np.ones((2, 2)), 1, 1, (2, 2))).std(axis=(0, 1)).max() == 0
 
 
-def test_text_stays_within_its_width() -> None:
+def test_text_stays_within_its_width():
     name = "start of finetune-supervised-brain-mri-0.1\nvit_base_patch16_384.augreg_in21k_ft_in1k"
     wide, narrow = (np.asarray(pictures.words(name, w).convert("L")) < 128 for w in (600, 150))
     assert narrow.shape[1] == 150 and len(narrow) > len(wide)
@@ -194,7 +172,7 @@ def test_text_stays_within_its_width() -> None:
     assert not narrow[:, -1].any() and not narrow[-1].any()
 
 
-def test_a_page_sets_pictures_and_captions_in_columns() -> None:
+def test_a_page_sets_pictures_and_captions_in_columns():
     red, blue = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
     page = pictures.draw_page("T", "", [["one", red], ["two", blue, "below"]])
     page = np.asarray(page).astype(int)
