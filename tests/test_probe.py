@@ -1,28 +1,14 @@
 """extras/probe.py: the ridge against scikit-learn, the probes on known features, the commands."""
 
-import importlib
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import class_folders, sentence
+from helpers import COMMANDS, SMALL, class_folders, equal, log_rows, state, weights_in
 from torch import Tensor
 
 from data import read_images, split_images
 from extras import probe
-
-# %% scores of features
-
-# scikit-learn 1.9.1, RidgeCV over the same 33 penalties (its leave-one-out error by a formula of
-# its own): images, features, place of the penalty, first four weights. On 60 random cases, with
-# fewer images than features and with more, penalty and weights agreed to 6e-15.
-RIDGE = [(12, 4, 15, [0.4791188948893154, -0.000989394212205215, -0.17647658594556703,
-                      0.09117204351976457]),
-         (8, 10, 14, [0.6062540524820172, -0.013726827602245055, -0.10837646655226449,
-                      0.03441209204711282])]
 
 
 def waves(n: int, f: int) -> tuple[Tensor, Tensor]:
@@ -32,8 +18,15 @@ def waves(n: int, f: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(x - x.mean(0)), torch.tensor(y - y.mean(0))
 
 
-@pytest.mark.parametrize("n, f, place, expected", RIDGE)
-def test_the_ridge_equals_scikit_learns(n: int, f: int, place: int, expected: list) -> None:
+# scikit-learn 1.9.1, RidgeCV over the same 33 penalties (its leave-one-out error by a formula of
+# its own): images, features, place of the penalty, first four weights. On 60 random cases, with
+# fewer images than features and with more, penalty and weights agreed to 6e-15.
+@pytest.mark.parametrize("n, f, place, expected", [
+    (12, 4, 15, [0.4791188948893154, -0.000989394212205215, -0.17647658594556703,
+                 0.09117204351976457]),
+    (8, 10, 14, [0.6062540524820172, -0.013726827602245055, -0.10837646655226449,
+                 0.03441209204711282])])
+def test_the_ridge_equals_scikit_learns(n, f, place, expected):
     weights, penalty = probe.fit_ridge(*waves(n, f))
     assert penalty == pytest.approx(n * 10 ** (-4 + place / 4), rel=1e-6)
     np.testing.assert_allclose(weights[:4, 0], expected, atol=1e-12)
@@ -50,7 +43,7 @@ def features(n: int, rank: int, seed: int = 0) -> tuple[tuple, tuple]:
 
 
 @pytest.mark.parametrize("n", [100, 200])
-def test_the_linear_probe_falls_as_features_collapse(n: int) -> None:
+def test_the_linear_probe_falls_as_features_collapse(n):
     """A fixed penalty of 0.01 N scores .68 at 200 images, fewer than at 100, where this has .95."""
     scores = [probe.probe_scores(*features(n, rank), False) for rank in (200, 50, 20, 8)]
     linear = [one["linear"] for one in scores]
@@ -58,7 +51,7 @@ def test_the_linear_probe_falls_as_features_collapse(n: int) -> None:
     assert all(one["linear"] > one["knn"] - 0.05 for one in scores)
 
 
-def test_probes_only_guess_without_labels_or_features() -> None:
+def test_probes_only_guess_without_labels_or_features():
     (x, y), validation = features(100, 200)
     shuffled = y[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
     scores = probe.probe_scores((x, shuffled), validation, False)
@@ -71,54 +64,39 @@ def test_probes_only_guess_without_labels_or_features() -> None:
     assert set(few) == {"knn", "linear", "guess"} and few["guess"] == 0
 
 
-def test_features_leave_the_network_and_the_random_stream_alone(tmp_path: Path) -> None:
+def test_features_leave_the_network_and_the_random_stream_alone(pets):
     network = timm.create_model("test_resnet", num_classes=5, drop_rate=0.5)
-    before = {k: v.clone() for k, v in network.state_dict().items()}
     network.image_size = 32
-    images = split_images(read_images(class_folders(tmp_path, cat=10, dog=10)))
-    stream = torch.get_rng_state()
-    assert set(probe.probe_network(network, images, 4)) == {"knn", "linear", "guess"}
+    before, stream = state(network), torch.get_rng_state()
+    probe.probe_network(network, split_images(read_images(pets)), 4)
     assert network.training and torch.equal(stream, torch.get_rng_state())
-    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    assert equal(state(network), before)
 
 
-# %% the commands
-
-COMMANDS = {"cass": ["--cnn", "test_resnet", "--transformer", "test_vit"],
-            "dino": ["--arch", "test_vit", "--out-dim", "16"]}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_looking_adds_columns_and_changes_no_weight(command: str, tmp_path: Path, capsys) -> None:
-    data = class_folders(tmp_path / "d", cat=10, dog=10)
-    options = ["--data", str(data), "--init", "random", "--image-size", "32", "--epochs", "3",
-               "--batch-size", "7", "--workers", "0", *COMMANDS[command], "--out"]
+@pytest.mark.parametrize("name, arm", [("cass", "cnn"), ("dino", "backbone")])
+def test_looking_adds_columns_and_changes_no_weight(name, arm, pets, tmp_path, capsys):
+    main, own = COMMANDS[name]
+    words = f"--data {pets} {own} {SMALL} --epochs 3 --batch-size 7 --out".split()
     plain, watched = tmp_path / "plain", tmp_path / "watched"
-    importlib.import_module(command).main([*options, str(plain)])
-    probe.main(["--every", "2", f"{command}.py", *options, str(watched)])
-    lines = (watched / "log.jsonl").read_text().splitlines()
-    arm = "cnn" if command == "cass" else "backbone"
-    seen = [f"{arm}_knn" in json.loads(line) and f"{arm}_linear" in json.loads(line)
-            for line in lines]
+    main([*words, str(plain)])
+    probe.main(["--every", "2", f"{name}.py", *words, str(watched)])
+    seen = [{f"{arm}_knn", f"{arm}_linear"} <= set(row) for row in log_rows(watched)]
     assert seen == [True, False, True, True]  # epochs 0 and 2, and the last
     for file in probe.network_files(plain):
-        first, second = (torch.load(folder / file.name, weights_only=True)["state_dict"]
-                         for folder in (plain, watched))
-        assert all(torch.equal(first[k], second[k]) for k in first)
+        assert equal(weights_in(watched / file.name), weights_in(file))
     capsys.readouterr()
-    probe.main(["--weights", str(watched), "--data", str(data), "--workers", "0"])
+    probe.main(["--weights", str(watched), "--data", str(pets), "--workers", "0"])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 1 + len(probe.network_files(plain)) + 1 and "test_vit" in rows[-2]
     assert max(map(len, rows)) <= 100
 
 
-def test_user_errors_are_one_sentence(tmp_path: Path, capsys) -> None:
-    def said(*options: str) -> str:
-        return sentence(capsys, lambda: probe.main(list(options)))
-
-    assert "--weights RUN" in said() and "--weights RUN" in said("--weights", str(tmp_path))
-    assert "cass.py or dino.py" in said("--every", "2", "finetune.py")
+def test_user_errors_are_one_sentence(tmp_path, said):
     data = class_folders(tmp_path / "d", cat=3)
-    assert "holds no network" in said("--weights", str(tmp_path), "--data", str(data))
-    (tmp_path / "run.pt").write_text("")
-    assert "split.csv" in said("--weights", str(tmp_path / "run.pt"), "--data", str(data))
+    file = tmp_path / "run.pt"
+    assert "--weights RUN" in said(probe.main)
+    assert "--weights RUN" in said(probe.main, "--weights", tmp_path)
+    assert "cass.py or dino.py" in said(probe.main, "--every", 2, "finetune.py")
+    assert "holds no network" in said(probe.main, "--weights", tmp_path, "--data", data)
+    file.touch()
+    assert "split.csv" in said(probe.main, "--weights", file, "--data", data)

@@ -2,20 +2,19 @@
 
 import copy
 import re
-import time
 
 import pytest
 import torch
+from helpers import class_folders
 
 from cass import pretrain_cass
 from dino import DinoNetwork, pretrain_dino
 from extras import speed
 from finetune import finetune_network
-from helpers import class_folders
 from runtime import build_model
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-TRUTH = torch.eye(4)[:, :2]
+LABELLED = IMAGES, torch.eye(4)[:, :2]
 VIEWS = [IMAGES, IMAGES.flip(3)], [IMAGES.flip(2), IMAGES.flip((2, 3))]
 
 
@@ -23,15 +22,14 @@ def network(arch: str = "test_resnet", outputs: int | None = None) -> torch.nn.M
     return build_model(arch, "random", 32, outputs=outputs)
 
 
-@pytest.mark.parametrize("ours, plain, build, batch", [
-    (pretrain_cass, speed.plain_cass, lambda: [network(), network("test_vit")], IMAGES),
-    (pretrain_dino, speed.plain_dino, lambda: [DinoNetwork(network(outputs=0), 16)], VIEWS),
-    (finetune_network, speed.plain_tuning, lambda: [network(outputs=2)], (IMAGES, TRUTH)),
-], ids=("cass", "dino", "finetune"))
-def test_the_plain_loop_does_what_ours_does(ours, plain, build, batch):
+@pytest.mark.parametrize("ours, plain, build, batch, options", [
+    (pretrain_cass, speed.plain_cass, lambda: [network(), network("test_vit")], IMAGES, {}),
+    (pretrain_dino, speed.plain_dino, lambda: [DinoNetwork(network(outputs=0), 16)], VIEWS, {}),
+    (finetune_network, speed.plain_tuning, lambda: [network(outputs=2)], LABELLED,
+     {"validation": [LABELLED]})], ids=("cass", "dino", "finetune"))
+def test_the_plain_loop_does_what_ours_does(ours, plain, build, batch, options):
     own = build()
     its, start = copy.deepcopy(own), copy.deepcopy(own)
-    options = {"validation": [batch]} if ours is finetune_network else {}
     ours(*own, [batch], epochs=1, **options)
     plain(*its, [batch], precision=torch.float32)
     for one, other, first in zip(own, its, start):
@@ -42,27 +40,30 @@ def test_the_plain_loop_does_what_ours_does(ours, plain, build, batch):
             assert not moved.any() or ((a - before)[moved].abs() > 1e-4).all()
 
 
-def test_steps_and_the_wait_for_data_are_timed_after_the_warm_up():
+def test_steps_and_the_wait_for_data_are_timed_after_the_warm_up(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+
     class Slow:
         def __len__(self):
             return 4
 
         def __iter__(self):
             for step in range(4):
-                time.sleep(0.2 if step == 0 else 0.02)
+                clock[0] += 2 if step == 0 else 0.25
                 yield step
 
     timed = speed.TimedLoader(Slow(), 1, torch.device("cpu"))
     for _ in timed:
-        time.sleep(0.03)
-    assert 0.02 <= timed.waited < 0.1 and timed.waited + 0.03 <= timed.seconds < 0.2
+        clock[0] += 0.5
+    assert (timed.waited, timed.seconds) == (0.25, 0.75)
 
 
 def test_the_ratios_are_those_of_the_rows(tmp_path, capsys):
     folder = class_folders(tmp_path / "d", cat=4, dog=4)
-    speed.main(["--data", str(folder), "--cnn", "test_resnet", "--transformer", "test_vit",
-                "--image-size", "32", "--batch-size", "2", "--steps", "1", "--warm-up", "1",
-                "--rounds", "1", "--out-dim", "16", "--workers", "0", "--precision", "bf16"])
+    speed.main(["--data", str(folder), *"--cnn test_resnet --transformer test_vit --image-size 32 "
+                "--batch-size 2 --steps 1 --warm-up 1 --rounds 1 --out-dim 16 --workers 0 "
+                "--precision bf16".split()])
     text, method, found = capsys.readouterr().out, "", {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -74,9 +75,9 @@ def test_the_ratios_are_those_of_the_rows(tmp_path, capsys):
     assert {key[0] for key in found} == {"CASS", "DINO, test_resnet", "DINO, test_vit",
                                          "fine-tuning, test_resnet", "fine-tuning, test_vit"}
     ours, plain = ("CASS", "ours", "bfloat16"), ("CASS", "plain loop", "bfloat16")
+    whole = ms["CASS", "plain loop", "float32"]
     assert float(found[ours][4]) == pytest.approx(ms[plain] / ms[ours], abs=0.02)
-    assert float(found[ours][5]) == pytest.approx(
-        ms["CASS", "plain loop", "float32"] / ms[ours], abs=0.02)
+    assert float(found[ours][5]) == pytest.approx(whole / ms[ours], abs=0.02)
     dino = sum(ms[f"DINO, {arch}", "ours", "bfloat16"] for arch in ("test_resnet", "test_vit"))
     said = float(re.search(r"CASS / DINO, both arms: ([\d.]+)", text)[1])
     assert said == pytest.approx(ms[ours] / dino, abs=0.02)
