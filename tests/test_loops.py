@@ -69,9 +69,6 @@ def undisturbed(pets: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return in_a_piece
 
 
-# %% stopped and resumed
-
-
 @pytest.mark.parametrize("name, precision, calls, method", [
     ("cass", "bf16", 2, "log"), ("cass", "fp16", 3, "save"),  # before the first save; at the end
     ("dino", "fp32", 3, "log"), ("dino", "fp16", 1, "save"),
@@ -83,16 +80,6 @@ def test_stopped_and_resumed_equals_one_in_a_piece(
     stop_after(calls, method, lambda: run(name, pets, out, precision, "--workers 2"))
     run(name, pets, out, precision, "--resume", f"--cache {tmp_path / 'cache'}")
     assert equal(results(out), undisturbed(name, precision))
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(pets: Path, undisturbed: Callable,
-                                                          tmp_path: Path, capsys) -> None:
-    stop_after(2, "save", lambda: run("cass", pets, tmp_path))
-    file = tmp_path / "checkpoint.pt"
-    file.write_bytes(file.read_bytes()[:5000])
-    run("cass", pets, tmp_path, "--resume")
-    assert "looking for the one before" in capsys.readouterr().err
-    assert equal(results(tmp_path), undisturbed("cass"))
 
 
 @pytest.mark.parametrize("file", ["log.jsonl", "checkpoint.pt"])
@@ -170,9 +157,6 @@ def test_what_can_not_be_resumed(name: str, pets: Path, tmp_path: Path, monkeypa
     with pytest.raises(SystemExit):
         run(name, pets, out, "--resume")
     assert "error: no checkpoint" in capsys.readouterr().err
-
-
-# %% numbers of 16 bits, and numbers that are none
 
 
 @pytest.mark.parametrize("name", LOOPS)
