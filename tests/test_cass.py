@@ -19,8 +19,6 @@ from cass import cass_loss, contrast_loss, pretrain_cass
 from data import ImageRows, augmentation, make_loader, read_images, split_images
 from runtime import build_model, pick_device
 
-# %% the losses
-
 
 def cosine(a: list[float], b: list[float], eps: float = 1e-8) -> float:
     """Of two vectors, each divided by its length, or by `eps` if that is more; in float64."""
@@ -80,9 +78,6 @@ def test_losses_at_their_ends():
     same, own = torch.ones(8, 16), torch.eye(8, 16)
     assert contrast_loss(same, same).item() == pytest.approx(math.log(8), abs=1e-5)  # collapsed
     assert contrast_loss(own, own).item() < 1e-2 < contrast_loss(own, own.roll(1, 0)).item()
-
-
-# %% the loop
 
 
 def tiny_arms() -> tuple[nn.Module, nn.Module]:
@@ -159,9 +154,6 @@ def test_average_is_the_mean_of_weights_at_low_points(options, low_points):
         norm(cnn.body[0](images))
     for key in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(ours[0][f"body.1.{key}"], state(norm)[key])
-
-
-# %% the command
 
 
 def networks(out: Path) -> list[dict]:

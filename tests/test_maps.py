@@ -89,9 +89,6 @@ def test_feature_maps_are_the_first_convolutions_in_running_order():
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-# %% the command
-
-
 def test_sampled_images_are_test_images_in_the_classes_proportions(scans, scans_run):
     images = maps.tested_images(scans, scans_run, 6)
     assert all(row.path.startswith("test/") for row in images.rows)
@@ -149,9 +146,6 @@ def test_user_errors_are_one_sentence(scans, scans_run, tmp_path, said):
             ("split.csv", lost, *average),
             ("is not there", tmp_path / "gone.pt", *image)):
         assert words in said(maps.main, "--weights", weights, *options)
-
-
-# %% drawing
 
 
 def test_colours_rise_in_lightness_and_keep_their_places():

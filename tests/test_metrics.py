@@ -13,8 +13,6 @@ import metrics as m
 
 pytestmark = pytest.mark.filterwarnings("error")  # undefined scores are None, not a warning
 
-# %% scores
-
 
 def named_score(truth, probabilities, multi_label):
     """`score` with classes c0, c1, ..."""
@@ -119,9 +117,6 @@ def test_bootstrap_is_the_quantile_of_resampled_headlines(multi_label):
         headlines.append(named_score(truth[rows], p[rows], multi_label)["headline"])
     got = m.bootstrap_interval(truth, p, multi_label, draws=50, seed=7)
     assert got == pytest.approx(tuple(np.quantile(headlines, [.025, .975])), abs=1e-12)
-
-
-# %% collapse
 
 
 def test_gauges_equal_explicit_loops():
