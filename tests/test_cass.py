@@ -219,6 +219,12 @@ def test_arms_without_equally_many_outputs_get_new_heads(cnn, vit, kept, pets, t
     assert capsys.readouterr().out.count(note) == (kept == 1000)
 
 
+def test_two_arms_have_no_three_starts(pets, tmp_path, capsys):
+    three = "--init random,random,random"
+    said = sentence(capsys, lambda: command("cass", pets, tmp_path / "out", three))
+    assert "more than two starts" in said and not (tmp_path / "out").exists()
+
+
 def test_collapse_is_said_once(pets, tmp_path, capsys):
     model = timm.create_model("test_vit", img_size=32)
     nn.init.normal_(model.head.bias, std=1000)  # far above what differs between images

@@ -176,12 +176,6 @@ def test_agrees_with_vit_pytorch():
         assert now[key] == pytest.approx(numbers, rel=1e-5, abs=1e-5), key
 
 
-def test_the_head_stands_on_features_and_not_on_a_classifier():
-    backbone = timm.create_model("test_resnet")
-    features, outputs = DinoNetwork(backbone, 8).eval()(torch.ones(2, 3, 32, 32))
-    assert features.shape == (2, backbone.num_features) and outputs.shape == (2, 8)
-
-
 def test_gauges_see_features_of_the_last_256_images_in_training_mode():
     facts, loader = [], batches(50)
     trained(network(), loader, epochs=1, lr=1e-12, gauges=lambda seen: facts.extend(seen) or {})

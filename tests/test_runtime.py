@@ -63,6 +63,13 @@ def test_what_a_user_can_mend_is_one_sentence(call, words, capsys):
     assert sentence(capsys, lambda: exits(call)).endswith(f"{words}\n")
 
 
+def test_a_home_folder_is_expanded_and_an_empty_path_refused(capsys):
+    parser = runtime.command_parser("x.py", "")
+    parser.add_argument("--out", type=Path)
+    assert parser.parse_args(["--out=~/x"]).out == Path.home() / "x"
+    assert "a path is empty" in sentence(capsys, lambda: parser.parse_args(["--out="]))
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a bug"), ThreadPoolExecutor() as pool:
         pool.submit(exits, lambda: fail(RuntimeError("a bug"))).result()  # a thread: no signals
