@@ -70,9 +70,9 @@ def undisturbed(pets: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 @pytest.mark.parametrize("name, precision, calls, method", [
-    ("cass", "bf16", 2, "log"), ("cass", "fp16", 3, "save"),  # before the first save; at the end
-    ("dino", "fp32", 3, "log"), ("dino", "fp16", 1, "save"),
-    ("finetune", "bf16", 4, "log"), ("finetune", "fp16", 1, "save")])  # 4: of the second network
+    ("cass", "fp16", 3, "log"), ("cass", "bf16", 3, "save"),  # in the middle; at the end
+    ("dino", "fp16", 1, "save"), ("dino", "fp32", 2, "log"),  # before the first checkpoint
+    ("finetune", "fp16", 1, "save"), ("finetune", "bf16", 4, "log")])  # of the second network
 def test_stopped_and_resumed_equals_one_in_a_piece(
         name: str, precision: str, calls: int, method: str, pets: Path, undisturbed: Callable,
         tmp_path: Path) -> None:
