@@ -14,6 +14,7 @@ import torch
 from helpers import class_folders, command, equal, log_rows, sentence
 
 import runtime
+from images import EpochLoader
 from runtime import Run
 
 LOOPS = {  # options for each: enough for averages, for a teacher that moves, for two networks
@@ -73,18 +74,30 @@ def undisturbed(pets: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     ("cass", "fp16", 3, "log"), ("cass", "bf16", 3, "save"),  # in the middle; at the end
     ("dino", "fp16", 1, "save"), ("dino", "fp32", 2, "log"),  # before the first checkpoint
     ("finetune", "fp16", 1, "save"), ("finetune", "bf16", 4, "log")])  # of the second network
-def test_stopped_and_resumed_equals_one_in_a_piece(
-        name: str, precision: str, calls: int, method: str, pets: Path, undisturbed: Callable,
-        tmp_path: Path) -> None:
+def test_stopped_and_resumed_equals_one_in_a_piece(name, precision, calls, method, pets,
+                                                   undisturbed, tmp_path):
     out, precision = tmp_path / "out", f"--precision {precision}"
     stop_after(calls, method, lambda: run(name, pets, out, precision, "--workers 2"))
     run(name, pets, out, precision, "--resume", f"--cache {tmp_path / 'cache'}")
     assert equal(results(out), undisturbed(name, precision))
 
 
+@pytest.mark.parametrize("name, epochs", [
+    ("cass", [0, 1, 2, 2]), ("dino", [0, 1]), ("finetune", [0, 1, 0, 1])])  # twice: for averages
+def test_the_loader_is_told_each_epoch(name, epochs, pets, tmp_path, monkeypatch):
+    told, tell = [], EpochLoader.set_epoch
+
+    def telling(loader: EpochLoader, epoch: int) -> None:
+        told.append(epoch)
+        tell(loader, epoch)
+    monkeypatch.setattr(EpochLoader, "set_epoch", telling)
+    stop_after(1, "save", lambda: run(name, pets, tmp_path))
+    run(name, pets, tmp_path, "--resume")
+    assert told == epochs
+
+
 @pytest.mark.parametrize("file", ["log.jsonl", "checkpoint.pt"])
-def test_kill_before_a_file_gets_its_name(file: str, pets: Path, undisturbed: Callable,
-                                          tmp_path: Path) -> None:
+def test_kill_before_a_file_gets_its_name(file, pets, undisturbed, tmp_path):
     child = os.fork()
     if not child:
         replace, seen = os.replace, []
@@ -106,8 +119,7 @@ def test_kill_before_a_file_gets_its_name(file: str, pets: Path, undisturbed: Ca
 
 @pytest.mark.parametrize("name, more, most", [
     ("cass", "--epochs 7", 7), ("dino", "", 2)])  # averages are of the last quarter of all epochs
-def test_a_finished_run_trains_on(name: str, more: str, most: int, pets: Path,
-                                  undisturbed: Callable, tmp_path: Path, capsys) -> None:
+def test_a_finished_run_trains_on(name, more, most, pets, undisturbed, tmp_path, capsys):
     """As if it had never ended."""
     run(name, pets, tmp_path, f"--epochs {most // 2}")
     assert "a finished run" in sentence(capsys, lambda: run(name, pets, tmp_path, more))
@@ -120,7 +132,7 @@ def test_a_finished_run_trains_on(name: str, more: str, most: int, pets: Path,
     assert equal(results(tmp_path), undisturbed(name, more))
 
 
-def test_fine_tuning_that_ended_is_final(pets: Path, tmp_path: Path, capsys) -> None:
+def test_fine_tuning_that_ended_is_final(pets, tmp_path, capsys):
     run("finetune", pets, tmp_path, "--epochs 1")
     before = results(tmp_path)
     run("finetune", pets, tmp_path, "--epochs 1 --resume")
@@ -131,8 +143,7 @@ def test_fine_tuning_that_ended_is_final(pets: Path, tmp_path: Path, capsys) -> 
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_what_can_not_be_resumed(name: str, pets: Path, tmp_path: Path, monkeypatch,
-                                 capsys: pytest.CaptureFixture) -> None:
+def test_what_can_not_be_resumed(name, pets, tmp_path, monkeypatch, capsys):
     out, others = tmp_path / "out", class_folders(tmp_path / "others", cat=12, dog=10)
     monkeypatch.setattr(sys, "argv", ["/somewhere/x.py", "--data", "my images"])
     stop_after(1, "save", lambda: run(name, pets, out, "--resume"))
@@ -161,8 +172,7 @@ def test_what_can_not_be_resumed(name: str, pets: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_mixed_precision_trains_weights_of_32_bits(
-        name: str, precision: str, pets: Path, undisturbed: Callable, tmp_path: Path) -> None:
+def test_mixed_precision_trains_weights_of_32_bits(name, precision, pets, undisturbed, tmp_path):
     stop_after(1, "save", lambda: run(name, pets, tmp_path, f"--precision {precision}"))
     losses = [row["loss"] for row in log_rows(tmp_path) if row["epoch"]]
     wanted = [row["loss"] for row in undisturbed(name)["rows"] if row["epoch"]]
@@ -176,7 +186,7 @@ def test_mixed_precision_trains_weights_of_32_bits(
         assert all(x["exp_avg"].abs().max() < 10 for x in adam["state"].values())
 
 
-def test_a_device_with_another_precision_goes_on(pets: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_device_with_another_precision_goes_on(pets, tmp_path, monkeypatch):
     for epochs, precision in ((1, torch.float32), (2, torch.float16), (3, torch.bfloat16)):
         monkeypatch.setattr(runtime, "pick_precision", lambda name, device: precision)
         run("dino", pets, tmp_path, f"--resume --epochs {epochs}")
@@ -184,8 +194,8 @@ def test_a_device_with_another_precision_goes_on(pets: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loss_that_is_not_finite_ends_the_command(name: str, pets: Path, tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture) -> None:
+def test_a_loss_that_is_not_finite_ends_the_command(name, pets, tmp_path, capsys):
     said = sentence(capsys, lambda: run(name, pets, tmp_path, "--lr 1e30"))
     assert "the loss became" in said and "--lr" in said and "epoch" in said
     assert not any(tmp_path.glob("*.pt")) and not (tmp_path / "result.json").exists()
+    assert not any('"epoch": 1' in log.read_text() for log in tmp_path.glob("log.jsonl"))
