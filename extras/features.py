@@ -7,7 +7,6 @@ One array for each network, named like its file, such as `cnn` `(N, F)`; and for
 their `classes` `(K,)`. To read it: `np.load("features.npz")["cnn"]`.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from data import (DataError, ImageCache, ImageRows, ImageSet, augmentation, good_rows, make_loader,
-                  read_images, read_split, split_images)
-from runtime import (UserError, aside, clear_exit, command_parser, load_network, network_files,
-                     pick_device, pick_workers, positive, read_network)
+                  read_images, read_split, require, split_images)
+from runtime import (aside, clear_exit, command_parser, load_network, network_files, pick_device,
+                     pick_workers, read_network)
 
 
 def read_networks(run: Path, device: torch.device,
@@ -38,10 +37,12 @@ def read_networks(run: Path, device: torch.device,
     return networks
 
 
-def plain_batches(images: ImageSet, size: int, batch_size: int = 16, workers: int = 0,
+def plain_batches(images: ImageSet, network: nn.Module, batch_size: int = 16, workers: int = 0,
                   cache: ImageCache | None = None) -> Iterable[Tensor]:
-    """All `images` in order, without labels and augmentation."""
-    dataset = ImageRows(images, images.rows, augmentation(size, "none"), cache=cache)
+    """All `images` in order, as `network` sees them: without labels and augmentation."""
+    images = replace(images, window=getattr(network, "window", images.window))
+    transform = augmentation(network.image_size, "none")
+    dataset = ImageRows(images, images.rows, transform, cache=cache)
     return make_loader(dataset, batch_size, shuffle=False, workers=workers)
 
 
@@ -56,13 +57,21 @@ def pooled_features(network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(features)
 
 
-def run_features(args: argparse.Namespace) -> None:
-    """Read images and networks, and write the file whole or not at all."""
-    if args.out.suffix != ".npz":
-        raise UserError(f"--out {args.out} is no name of an .npz file")
+@clear_exit(DataError)
+def main(argv: list[str] | None = None) -> None:
+    parser = command_parser("python -m extras.features", "Write the features of a run's networks.")
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="a run folder, or a file of weights in one")
+    add("--data", type=Path, required=True, help="folder of images, with or without labels")
+    add("--out", type=Path, required=True, help="the .npz file to write")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    add("--workers", type=int, help="loader processes (default: as in cass.py)")
+    add("--skip-bad", action="store_true", help="leave out, and name, images that can't be read")
+    args = parser.parse_args(argv)
+    require(args.out.suffix == ".npz", f"--out {args.out} is no name of an .npz file")
     device, images = pick_device(args.device), read_images(args.data)
-    workers, files = pick_workers(args.workers, device), network_files(args.weights)
-    split = files[0].parent / "split.csv"
+    workers = pick_workers(args.workers, device)
+    split = network_files(args.weights)[0].parent / "split.csv"
     images = read_split(split, images, grow=True) if split.is_file() else images
     images = split_images(good_rows(images) if args.skip_bad else images)
     arrays = {name: np.array([getattr(row, field) for row in images.rows], str)
@@ -71,8 +80,7 @@ def run_features(args: argparse.Namespace) -> None:
     for note in images.notes:
         print(f"note: {note}")
     for file, network in read_networks(args.weights, device).items():
-        shown = replace(images, window=network.window)
-        batches = plain_batches(shown, network.image_size, args.batch_size, workers)
+        batches = plain_batches(images, network, workers=workers)
         arrays[file.stem] = pooled_features(network, batches).numpy()
         print(f"{file.stem}: {' x '.join(map(str, arrays[file.stem].shape))} of {network.arch}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,19 +88,5 @@ def run_features(args: argparse.Namespace) -> None:
         np.savez(handle, **arrays)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = command_parser("python -m extras.features", "Write the features of a run's networks.")
-    add = parser.add_argument
-    add("--weights", type=Path, required=True, help="a run folder, or a file of weights in one")
-    add("--data", type=Path, required=True, help="folder of images, with or without labels")
-    add("--out", type=Path, required=True, help="the .npz file to write")
-    add("--batch-size", type=positive(int), default=16, help="images at a time (default: 16)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    add("--workers", type=int, help="loader processes (default: as in cass.py)")
-    add("--skip-bad", action="store_true", help="leave out, and name, images that can't be read")
-    with clear_exit(DataError):
-        run_features(parser.parse_args(argv))
-
-
-if __name__ == "__main__" and "__file__" in globals():
+if __name__ == "__main__":
     main()

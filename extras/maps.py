@@ -85,7 +85,7 @@ def draw_attention(networks: dict[str, nn.Module], images: ImageSet, block: int)
     """Class attention of networks side by side: over one image, or the mean over several."""
     maps, several = {}, len(images.rows) > 1
     for caption, network in networks.items():
-        batches = plain_batches(replace(images, window=network.window), network.image_size)
+        batches = plain_batches(images, network)
         found = [class_attention(network, batch, block) for batch in batches]
         mean = np.concatenate(found).mean(0)
         maps[caption] = mean / mean.mean()
@@ -109,7 +109,7 @@ def draw_features(networks: dict[str, nn.Module], images: ImageSet) -> tuple:
     arrays, columns = {}, []
     for caption, network in networks.items():
         columns.append([caption])
-        batches = plain_batches(replace(images, window=network.window), network.image_size)
+        batches = plain_batches(images, network)
         for name, values in feature_maps(network, next(iter(batches))).items():
             arrays[f"{caption} {name}"] = values
             size = "{} maps of {} x {}".format(*values.shape[1:])

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by its path
 
 from cass import cass_options, run_cass
-from data import DataError, ImageCache, ImageSet, open_images, read_images, read_split
+from data import DataError, ImageCache, ImageSet, open_images, read_images, read_split, require
 from dino import dino_options, run_dino
 from extras.features import plain_batches, pooled_features, read_networks
 from metrics import decide, score
-from runtime import (UserError, clear_exit, command_parser, network_files, pick_device,
-                     pick_workers, positive)
+from runtime import (clear_exit, command_parser, network_files, pick_device, pick_workers,
+                     positive)
 
 METHODS = {"cass": (cass_options, run_cass), "dino": (dino_options, run_dino)}
 
 # %% scores of features
 
 
-def probe_network(network: nn.Module, images: ImageSet, batch_size: int, workers: int = 0,
+def probe_network(network: nn.Module, images: ImageSet, batch_size: int = 16, workers: int = 0,
                   cache: ImageCache | None = None) -> dict[str, float]:
     """`probe_scores` of the pooled features of a network, which, as the random streams, stays as it
     is. Batch-norm statistics, in training behind and before it unset, are computed anew."""
@@ -41,8 +41,8 @@ def probe_network(network: nn.Module, images: ImageSet, batch_size: int, workers
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for part in ("train", "val"):
             rows = images.labelled(images.part(part))
-            batches = plain_batches(replace(images, rows=rows), network.image_size, batch_size,
-                                    workers, cache)
+            shown = replace(images, rows=rows)
+            batches = plain_batches(shown, network, batch_size, workers, cache)
             if part == "train":
                 torch.optim.swa_utils.update_bn(batches, network, device)
             features = pooled_features(network, batches).double()
@@ -96,8 +96,8 @@ def probe_scores(train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]
 
 
 def require_labels(images: ImageSet) -> None:
-    if not images.classes or not images.part("val"):
-        raise UserError(f"{images.folder} has no labels or no validation part, as probes need")
+    require(images.classes and images.part("val"),
+            f"{images.folder} has no labels or no validation part, as probes need")
 
 
 def look_into(args: argparse.Namespace, every: int) -> Callable[[int, dict[str, nn.Module]], dict]:
@@ -117,14 +117,13 @@ def look_into(args: argparse.Namespace, every: int) -> Callable[[int, dict[str, 
     return look
 
 
-def probe_run(weights: Path, images: ImageSet, args: argparse.Namespace) -> None:
+def probe_run(weights: Path, data: Path, device: torch.device, workers: int) -> None:
     """Print a row for each network of a run, scored on the split it was pretrained with."""
-    split = read_split(network_files(weights)[0].parent / "split.csv", images)
-    device = pick_device(args.device)
-    workers = pick_workers(args.workers, device)
+    split = network_files(weights)[0].parent / "split.csv"
+    images = read_split(split, read_images(data))
+    print(f"{'macro F1, pooled for several labels':72}{'width':>6}{'knn':>7}{'linear':>8}")
     for file, network in read_networks(weights, device).items():
-        shown = replace(split, window=network.window)
-        scores = probe_network(network, shown, args.batch_size, workers)
+        scores = probe_network(network, images, workers=workers)
         print(f"{str(file)[-40:]:42}{network.arch[:28]:30}{network.num_features:6d}"
               f"{scores['knn']:7.3f}{scores['linear']:8.3f}", flush=True)
     print(f"{'the same answer for every image':78}{scores['guess']:7.3f}{scores['guess']:8.3f}")
@@ -133,10 +132,8 @@ def probe_run(weights: Path, images: ImageSet, args: argparse.Namespace) -> None
 def main(argv: list[str] | None = None) -> None:
     parser = command_parser("python -m extras.probe", "Score simple classifiers on features.")
     add = parser.add_argument
-    add("--weights", type=Path, action="append", metavar="RUN|FILE",
-        help="a run folder, or a file of weights in one; may be given several times")
-    add("--data", type=Path, help="folder of the labelled images that the runs were made from")
-    add("--batch-size", type=positive(int), default=16, help="images at a time (default: 16)")
+    add("--weights", type=Path, metavar="RUN|FILE", help="a run folder, or one file in it")
+    add("--data", type=Path, help="folder of the labelled images that the run was made from")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     add("--workers", type=int, help="loader processes (default: as in cass.py)")
     add("--every", type=positive(int), metavar="N", help="or score every N epochs of the command")
@@ -145,18 +142,16 @@ def main(argv: list[str] | None = None) -> None:
     with clear_exit(DataError, FloatingPointError, resumable=bool(args.every)):
         if args.every:
             script, *words = args.command or [""]
-            if Path(script).stem not in METHODS:
-                raise UserError("--every N is followed by cass.py or dino.py and its options")
+            require(Path(script).stem in METHODS,
+                    "--every N is followed by cass.py or dino.py and its options")
             method_options, run_method = METHODS[Path(script).stem]
             options = method_options().parse_args(words)
             return run_method(options, look=look_into(options, args.every))
-        if not args.weights or not args.data or args.command:
-            raise UserError("give --weights RUN --data DIR, or --every N cass.py OPTIONS")
-        images = read_images(args.data)
-        print(f"{'macro F1, pooled for several labels':72}{'width':>6}{'knn':>7}{'linear':>8}")
-        for weights in args.weights:
-            probe_run(weights, images, args)
+        require(args.weights and args.data and not args.command,
+                "give --weights RUN --data DIR, or --every N cass.py OPTIONS")
+        device = pick_device(args.device)
+        probe_run(args.weights, args.data, device, pick_workers(args.workers, device))
 
 
-if __name__ == "__main__" and "__file__" in globals():
+if __name__ == "__main__":
     main()

@@ -4,9 +4,9 @@
     python -m extras.tables T4 --data ./brain-mri --size small --seeds 3
     python -m extras.tables T4 --data ./brain-mri --print > runs.txt
 
-Each run is a command of this project, in a folder named by a digest of its options and images:
-tables share runs, and a sweep that was stopped goes on where it was. The lines of runs.txt can be
-shared out, pretraining first: `grep -v finetune.py runs.txt | xargs -P 2 -L 1 env`.
+Each run is a command of this project in a folder named by a digest of options and images: tables
+share runs, and a sweep that was stopped goes on. To share out the lines of runs.txt, pretraining
+first: `grep -v finetune.py runs.txt | xargs -P 2 -L 1 env`.
 """
 
 import argparse
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if it is run by 
 
 from data import DataError, read_images, read_split, require, split_images
 from extras import speed
+from extras.curves import read_log
 from extras.paper import ARMS, ISIC, SIZES, SMALL, SMALL_TIMED, TABLES, TIMES
 from metrics import mean_and_spread
 from runtime import clear_exit, command_parser, pick_device, positive, read_config, write_text
@@ -96,18 +97,17 @@ def numbers_of(row: dict, seed: int, args: argparse.Namespace, metric: str) -> d
     numbers = {"score": test["headline"], metric: test[rule][metric],
                "guess": result["guess"]["headline"]}
     for folder in pretrained:
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        log = [json.loads(line) for line in lines]
+        log = read_log(folder)
         arm = "backbone" if row["method"] == "DINO" else row["arm"]
         numbers |= {gauge: log[-1].get(f"{arm}_{gauge}") for gauge in ("cosine", "rank")}
         numbers["hours"] = sum(line["seconds"] for line in log) / 3600
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def shown(row: dict, column: str, form: str = ".3f") -> str:
-    """The mean over seeds as text, with ± its spread; "" without numbers."""
+def shown(row: dict, column: str, form: str = ".3f", spread: bool = True) -> str:
+    """The mean over seeds as text, with ± its `spread`; "" without numbers."""
     numbers = [one[column] for one in row["seeds"].values() if column in one]
-    pair = mean_and_spread(numbers)[:2] if numbers else ()
+    pair = mean_and_spread(numbers)[:2 if spread else 1] if numbers else ()
     return "±".join(f"{number:{form}}" for number in pair if number is not None)
 
 
@@ -118,15 +118,14 @@ def markdown(columns: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def score_lines(rows: list[dict], metric: str) -> list[str]:
-    """Scores, and as means the gauges at the end of pretraining and its hours; for each share of
-    labels, the score of one answer for every image."""
+    """Scores, mean gauges and hours of pretraining, and the score of one answer for all images."""
     lines, guesses = [], {}
     for row in rows:
         words = [row["name"], row["arm"], f"{row['labels']:.0%}"]
-        means = [shown(row, "cosine"), shown(row, "rank", ".1f"), shown(row, "hours", ".1f")]
-        means = [mean.split("±")[0] for mean in means]
-        lines.append([*words, shown(row, "score"), shown(row, metric), row["paper"], *means])
-        if guess := shown(row, "guess").split("±")[0]:
+        gauges = [shown(row, "cosine", spread=False), shown(row, "rank", ".1f", spread=False)]
+        lines.append([*words, shown(row, "score"), shown(row, metric), row["paper"], *gauges,
+                      shown(row, "hours", ".1f", spread=False)])
+        if guess := shown(row, "guess", spread=False):
             guesses[words[2]] = ["always the same answer", "", words[2], guess, *[""] * 5]
     columns = ["method", "arm", "labels", "score", metric, "paper", "cosine", "rank", "hours"]
     return markdown(columns, [*lines, *guesses.values()])
@@ -156,49 +155,17 @@ def compared_lines(rows: list[dict], metric: str) -> list[str]:
     for labels in sorted({row["labels"] for row in rows}):
         four = [plain.get((method, arm, labels)) for method in methods[:2] for arm in ARMS]
         if all(row and row["seeds"] for row in four):
-            figures = [shown(row, metric, ".6f") for row in four], [row["paper"] for row in four]
-            ours, its = ([100 * float(text.split("±")[0]) for text in texts] for texts in figures)
+            ours = its = 0.0
+            for row, points in zip(four, (100, 100, -100, -100)):
+                ours += points * float(shown(row, metric, ".6f", spread=False))
+                its += points * float(row["paper"].split("±")[0])
             gains += ["", f"Gain of CASS over DINO, {labels:.0%} of the labels, both arms: "
-                      f"{sum(ours[:2]) - sum(ours[2:]):+.2f} points; the paper's: "
-                      f"{sum(its[:2]) - sum(its[2:]):+.2f}."]
+                      f"{ours:+.2f} points; the paper's: {its:+.2f}."]
     columns = ["paired by seed", "arm", "labels", *(f"minus {method}" for method in methods)]
     return markdown(columns, lines) + gains
 
 
 # %% the command
-
-
-def make_tables(args: argparse.Namespace) -> None:
-    """Make the runs that are missing, then the tables."""
-    for name in args.tables:
-        require(name in TABLES, f"there is no table {name}; --list names {', '.join(TABLES)}")
-    rows = [row | {"table": name} for name in args.tables for row in TABLES[name]["rows"]
-            if not args.labels or row["labels"] in args.labels]
-    require(rows or not args.labels, "no row of these tables has these --labels")
-    require(args.data, "--data names the folder of images to make the tables on")
-    pick_device(args.device)
-    changed = {"init": args.init, "epochs": args.epochs}
-    args.setup = SIZES[args.size] | {key: value for key, value in changed.items() if value}
-    args.folder = args.out / f"{args.data.resolve().name}-{args.size}"
-    images = read_images(args.data)
-    images = read_split(args.split_file, images) if args.split_file else split_images(images)
-    args.images = f"{args.data.resolve()} {images.rows}"
-    shared = {name: getattr(args, name) for name in ("data", "split_file", "cache", "device",
-                                                     "workers")}  # which change no number
-    args.shared = [*typed(shared), "--resume"]
-    require(images.classes or args.tables == ["T1"],
-            f"{args.data} has no labels, which these tables need")
-    for words in missing_runs(rows, args):
-        print(shlex.join(["python", *words]), flush=True)
-        if not args.print:  # a process of its own each: one that dies leaves the others alone
-            script = Path(__file__).parents[1] / words[0]
-            subprocess.run([sys.executable, script, *words[1:]], check=False)
-    if args.print:
-        return
-    for name in args.tables:
-        write_table(name, [row for row in rows if row["table"] == name], args)
-    failed = len(missing_runs(rows, args))
-    require(not failed, f"{failed} runs failed, see above; the same command tries them again")
 
 
 def write_table(name: str, rows: list[dict], args: argparse.Namespace) -> None:
@@ -225,6 +192,38 @@ def write_table(name: str, rows: list[dict], args: argparse.Namespace) -> None:
     print("", *lines, "", f"written to {args.folder / name}.md", sep="\n")
 
 
+def make_tables(args: argparse.Namespace) -> None:
+    """Make the runs that are missing, then the tables."""
+    for name in args.tables:
+        require(name in TABLES, f"there is no table {name}; --list names {', '.join(TABLES)}")
+    rows = [row | {"table": name} for name in args.tables for row in TABLES[name]["rows"]
+            if not args.labels or row["labels"] in args.labels]
+    require(rows or not args.labels, "no row of these tables has these --labels")
+    require(args.data, "--data names the folder of images to make the tables on")
+    pick_device(args.device)
+    changed = {"init": args.init, "epochs": args.epochs}
+    args.setup = SIZES[args.size] | {key: value for key, value in changed.items() if value}
+    args.folder = args.out / f"{args.data.resolve().name}-{args.size}"
+    images = read_images(args.data)
+    images = read_split(args.split_file, images) if args.split_file else split_images(images)
+    require(images.classes or args.tables == ["T1"],
+            f"{args.data} has no labels, which these tables need")
+    args.images = f"{args.data.resolve()} {images.rows}"
+    same = ("data", "split_file", "cache", "device", "workers")  # which change no number
+    args.shared = [*typed({name: getattr(args, name) for name in same}), "--resume"]
+    for words in missing_runs(rows, args):
+        print(shlex.join(["python", *words]), flush=True)
+        if not args.print:  # a process of its own each: one that dies leaves the others alone
+            script = Path(__file__).parents[1] / words[0]
+            subprocess.run([sys.executable, script, *words[1:]], check=False)
+    if not args.print:
+        for name in args.tables:
+            write_table(name, [row for row in rows if row["table"] == name], args)
+        failed = len(missing_runs(rows, args))
+        require(not failed, f"{failed} runs failed, see above; the same command tries them again")
+
+
+@clear_exit(DataError)
 def main(argv: list[str] | None = None) -> None:
     parser = command_parser("python -m extras.tables", "Make the paper's tables from runs.")
     add = parser.add_argument
@@ -234,8 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", type=Path, help="folder of images")
     add("--split-file", type=Path, help="a split.csv to use, such as extras.audit's without leaks")
     add("--out", type=Path, default=Path("runs/tables"), help="where all goes (%(default)s)")
-    add("--size", choices=tuple(SIZES), default="small",
-        help="small networks, 96 pixels, random weights, 20 epochs; or the paper's set-up")
+    add("--size", choices=tuple(SIZES), default="small", help="small networks, or the paper's")
     add("--seeds", type=positive(int), default=3, help="seeds a row (%(default)s; paper: 5)")
     add("--labels", type=float, nargs="+", help="only the rows with these shares of the labels")
     add("--epochs", type=positive(int), help="epochs of pretraining in place of the size's")
@@ -246,12 +244,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     add("--workers", type=int)
     args = parser.parse_args(argv)
-    with clear_exit(DataError):
-        if args.tables and not args.list:
-            return make_tables(args)
+    if args.tables and not args.list:
+        return make_tables(args)
     for name, table in TABLES.items():
         print(f"{name:4} {table['data']:12} {len(table['rows']):3d} rows  {table['title']}")
 
 
-if __name__ == "__main__" and "__file__" in globals():
+if __name__ == "__main__":
     main()

@@ -93,7 +93,7 @@ def test_the_command_compares_both_networks(scans, scans_run, tmp_path):
     cnn, vit = read_networks(scans_run, torch.device("cpu")).values()
     images = maps.tested_images(scans, scans_run, 20)
     mixed = np.random.default_rng((0, 0)).permutation(20)[:16]  # one batch, as epoch 0 has it
-    batches = plain_batches(replace(images, rows=[images.rows[i] for i in mixed]), 32)
+    batches = plain_batches(replace(images, rows=[images.rows[i] for i in mixed]), cnn)
     found = np.load(tmp_path / "cka.npz")["cka"]
     assert found.shape == (6, 7)
     np.testing.assert_allclose(found, cka.cka_matrix(cnn, vit, batches), atol=1e-5)

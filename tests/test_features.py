@@ -12,7 +12,7 @@ from runtime import build_model
 def test_features_of_each_arm_beside_paths_parts_and_labels(scans, scans_run, tmp_path):
     out = tmp_path / "new" / "features.npz"
     features.main(["--weights", str(scans_run), "--data", str(scans), "--out", str(out),
-                   "--batch-size", "4", "--workers", "0", "--device", "cpu"])  # not in TF32
+                   "--workers", "0", "--device", "cpu"])  # not in TF32
     images = read_split(scans_run / "split.csv", read_images(scans))
     with np.load(out, allow_pickle=False) as saved:
         found = dict(saved)

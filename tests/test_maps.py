@@ -115,7 +115,7 @@ def test_the_command_draws_what_the_arrays_say(scans, scans_run, tmp_path):
     average = np.load(out / "attention-average.npz")
     file = scans_run / "transformer.pt"
     model = read_networks(scans_run, torch.device("cpu"))[file]
-    batches = plain_batches(maps.tested_images(scans, scans_run, 6), 32)
+    batches = plain_batches(maps.tested_images(scans, scans_run, 6), model)
     mean = np.concatenate([maps.class_attention(model, batch) for batch in batches]).mean(0)
     np.testing.assert_allclose(average[f"test_vit {file}"], mean / mean.mean(), rtol=1e-4)
     assert len(average) == 2 and len(np.load(out / "features-0.npz")) == 2 * 5

@@ -39,8 +39,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
             return
         draw = np.random.default_rng(list(repr(options).encode())).random
         folder.mkdir(parents=True)
-        rows = [{"seconds": 1800} | {f"{arm}_{gauge}": draw() for arm in ("cnn", "transformer")
-                                     for gauge in ("cosine", "rank")} for _ in range(2)]
+        rows = []
+        for epoch in range(2):
+            gauges = {f"{arm}_{gauge}": draw() for arm in ("cnn", "transformer")
+                      for gauge in ("cosine", "rank")}
+            rows.append({"epoch": epoch, "seconds": 1800} | gauges)
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         several = weights and weights.name.startswith("cass-")
         names = ("cnn", "transformer", "ensemble") if several else ("its own",)
