@@ -77,13 +77,14 @@ def png(file: Path, pixels: np.ndarray, key: int | None = None) -> None:
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
     keys = [] if key is None else [(b"tRNS", struct.pack(">H", key) * channels)]
-    png_chunks(file, (b"IHDR", header), *keys, (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    chunks = [(b"IHDR", header), *keys, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    file.write_bytes(png_bytes(*chunks))
 
 
-def png_chunks(file: Path, *chunks: tuple[bytes, bytes]) -> None:
-    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+def png_bytes(*chunks: tuple[bytes, bytes]) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks))
+        for kind, body in chunks)
 
 
 def make_run(folder: Path, data: Path, **networks: str) -> Path:

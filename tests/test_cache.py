@@ -1,8 +1,9 @@
-"""--cache and --split-file: the same bits with and without, whole files only, parts as told."""
+"""--cache: the same bits with and without, and whole files only."""
 
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-import cass
-import data
 import dino
-import finetune
-from data import (DataError, ImageCache, ImageRows, augmentation, load_image, make_loader,
-                  read_images)
-from helpers import class_folders, noise, put
+from data import ImageCache, ImageRows, augmentation, load_image, make_loader, read_images
+from helpers import class_folders, command, complaint, equal, noise, put, weights_in
 
 
 def mixed(folder: Path) -> Path:
@@ -40,45 +37,52 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.rgb"))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_batches_are_the_same_to_the_bit(tmp_path: Path, workers: int) -> None:
+VIEWS = dino.DinoViews(32)
+
+
+def dino_views(image: Image.Image) -> torch.Tensor:
+    return torch.cat([view.flatten() for view in sum(VIEWS(image), [])])
+
+
+@pytest.mark.parametrize("transform", [
+    augmentation(32, "none"), augmentation(32, "blur+solarize"), dino_views])
+def test_batches_are_the_same_to_the_bit(tmp_path: Path, transform: Callable) -> None:
+    """With a cache or without, with workers or without, and after a pass that was broken off."""
     images = read_images(mixed(tmp_path / "set"))
-    cache = ImageCache(tmp_path / "cache", 32)
-    dino_views = dino.DinoViews(32)
 
-    def views(image: Image.Image) -> torch.Tensor:
-        return torch.cat([view.flatten() for view in sum(dino_views(image), [])])
-    for transform in (augmentation(32, "none"), augmentation(32, "blur+solarize"), views):
-        def batches(cache: ImageCache | None) -> list[torch.Tensor]:
-            rows = ImageRows(images, images.rows[::-1], transform, 3, cache=cache)
-            loader = make_loader(rows, 3, seed=3, workers=workers and transform is not views)
-            return [b for epoch in (0, 1) if loader.set_epoch(epoch) is None for b in loader]
-        assert all(map(torch.equal, batches(cache), batches(None))) and len(batches(cache)) == 4
-    assert len(files(tmp_path / "cache")) == len(images.rows)
+    def batches(workers: int, cache: ImageCache | None = None) -> list[torch.Tensor]:
+        rows = ImageRows(images, images.rows[::-1], transform, 3, cache=cache)
+        loader = make_loader(rows, 3, seed=3, workers=workers)
+        next(iter(loader))
+        first = list(loader)
+        loader.set_epoch(1)
+        return [*first, *loader]
+    before, plain = torch.get_rng_state(), batches(0)
+    assert len(plain) == 4 and not torch.equal(plain[0], plain[2])
+    assert equal(batches(2), plain)
+    for workers in (0, 2):
+        cache = ImageCache(tmp_path / f"cache-{workers}", 32)
+        assert equal(batches(workers, cache), plain)
+        assert len(files(tmp_path / f"cache-{workers}")) == len(images.rows)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-RUNS = [(cass, "--cnn test_resnet --transformer test_vit"),
-        (dino, "--arch test_resnet --out-dim 16"), (finetune, "--arch test_resnet")]
-
-
-@pytest.mark.parametrize("module, options", RUNS, ids=("cass", "dino", "finetune"))
-def test_weights_are_the_same_to_the_bit(module, options: str, tmp_path: Path,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, options, networks", [
+    ("cass", "", ["cnn.pt", "transformer.pt"]),
+    ("dino", "", ["backbone.pt"]),
+    ("finetune", "--arch test_resnet", ["test_resnet.pt"])])
+def test_weights_are_the_same_to_the_bit(name: str, options: str, networks: list[str],
+                                         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a run that fills the cache, and by one that decodes nothing."""
-    common = ["--data", str(class_folders(tmp_path / "set", a=6, b=6)), *options.split(),
-              "--init", "random", "--image-size", "32", "--batch-size", "8", "--workers", "0",
-              "--epochs", "1", "--cache"]
-    module.main([*common[:-1], "--out", str(tmp_path / "plain")])
-    module.main([*common, str(tmp_path / "cache"), "--out", str(tmp_path / "first")])
+    folder, cache = class_folders(tmp_path / "set", a=6, b=6), ["--cache", tmp_path / "cache"]
+    command(name, folder, tmp_path / "plain", options)
+    command(name, folder, tmp_path / "first", options, *cache)
     monkeypatch.setattr("images.load_image", lambda path, *_: pytest.fail(f"{path} was decoded"))
-    module.main([*common, str(tmp_path / "cache"), "--out", str(tmp_path / "second")])
-    networks = [p.name for p in (tmp_path / "plain").glob("*.pt") if "checkpoint" not in p.name]
-    assert networks
+    command(name, folder, tmp_path / "second", options, *cache)
     for file in networks:
-        plain, *cached = (torch.load(tmp_path / run / file, weights_only=True)["state_dict"]
-                          for run in ("plain", "first", "second"))
-        for weights in cached:
-            assert all(torch.equal(plain[key], weights[key]) for key in plain)
+        plain = weights_in(tmp_path / "plain" / file)
+        assert equal(weights_in(tmp_path / "first" / file), plain)
+        assert equal(weights_in(tmp_path / "second" / file), plain)
 
 
 def test_each_size_window_and_changed_image_has_a_file_of_its_own(tmp_path: Path) -> None:
@@ -115,18 +119,12 @@ def test_nothing_half_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not files(tmp_path / "cache")
     assert np.array_equal(np.asarray(cache.load(path)), resized(load_image(path), 8))
     path.write_bytes(b"x")
-    with pytest.raises(DataError, match="set/0.png can't be read"):
-        cache.load(path)
+    complaint(lambda: cache.load(path), "set/0.png can't be read")
     path.unlink()
-    with pytest.raises(DataError, match="set/0.png can't be read"):
-        cache.load(path)
+    complaint(lambda: cache.load(path), "set/0.png can't be read")
 
 
-def test_folder_that_cant_be_written_or_goes(tmp_path: Path, monkeypatch) -> None:
-    """The first is said when the cache is opened, before anything is trained."""
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="--cache .*file can't be written"):
-        ImageCache(tmp_path / "file", 8)
+def test_folder_that_goes_or_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = put(tmp_path / "set", "0.png") / "0.png", ImageCache(tmp_path / "cache", 8)
     shutil.rmtree(tmp_path / "cache")
     cache.load(path)
@@ -136,24 +134,4 @@ def test_folder_that_cant_be_written_or_goes(tmp_path: Path, monkeypatch) -> Non
         raise OSError(errno.ENOSPC, "No space left on device")
     shutil.rmtree(tmp_path / "cache")
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DataError, match="--cache .*cache can't be written: No space left"):
-        cache.load(path)
-
-
-# %% --split-file
-
-
-def test_split_file_sets_the_parts_and_leaves_the_rest_out(tmp_path: Path,
-                                                           capsys: pytest.CaptureFixture) -> None:
-    """Also where the folder has parts of its own, and with a damaged image that can be skipped."""
-    folder = put(tmp_path / "set", *(f"{part}/a/{i}.png" for part in ("train", "test")
-                                     for i in range(3)))
-    file, parts = tmp_path / "mine.csv", ("train", "train", "val", "test", "test")
-    paths = [row.path for row in read_images(folder).rows][::-1]
-    lines = [f"{path},{part}\n" for path, part in zip(paths, parts)]
-    file.write_text("path,split\n" + "".join(lines))
-    (folder / paths[0]).write_bytes(b"")
-    data.main(["--data", str(folder), "--split-file", str(file), "--skip-bad"])
-    said = capsys.readouterr().out
-    assert f"1 images that {file} does not name are left out, such as {paths[-1]}" in said
-    assert ["images", "1", "1", "2", "4"] in [line.split() for line in said.splitlines()]
+    complaint(lambda: cache.load(path), "--cache", "cache can't be written: No space left")

@@ -13,7 +13,7 @@ import data
 import finetune
 import images as image_files
 from data import load_image, read_images, split_images, with_window
-from helpers import class_folders, command, complaint, noise, png, png_chunks, put, tiff
+from helpers import class_folders, command, complaint, noise, png, png_bytes, put, tiff
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], 2)
@@ -272,7 +272,7 @@ def truncated(file: Path) -> None:
 def bomb(file: Path) -> None:
     """A PNG of 60,000 x 60,000 pixels, as its header says; the pixels are not there."""
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    png_chunks(file, (b"IHDR", header), (b"IDAT", b""))
+    file.write_bytes(png_bytes((b"IHDR", header), (b"IDAT", b"")))
 
 
 @pytest.mark.parametrize("name, make, words", [
