@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data
 from data import read_images, split_images
 from extras import prepare
 from helpers import put, sentence
 
 
-def run(folder: Path, *more: str) -> None:
-    prepare.main(["--data", str(folder), *more])
+def run(folder: Path, *more: str | Path) -> None:
+    prepare.main(["--data", str(folder), *map(str, more)])
+
+
+def refused(capsys: pytest.CaptureFixture, words: list[str], folder: Path,
+            *more: str | Path) -> None:
+    said = sentence(capsys, lambda: run(folder, *more))
+    assert all(word in said for word in words), said
 
 
 def with_table(folder: Path, text: str, *names: str, file: str = "truth.csv") -> Path:
@@ -48,15 +55,13 @@ def test_isic_with_its_lesions_and_without(tmp_path: Path, capsys) -> None:
     after = contents(tmp_path)
     assert after.pop("labels.csv") and after == before  # nothing else has changed
 
-    (tmp_path / prepare.ISIC_FACTS).unlink()
-    (tmp_path / names[2]).unlink()
-    (tmp_path / "labels.csv").unlink()
-    said = sentence(capsys, lambda: run(tmp_path))
-    assert all(word in said for word in ("line 4", "ISIC_2", "1 of 4", "--skip-missing"))
-    run(tmp_path, "--skip-missing", "--table", str(tmp_path / prepare.ISIC))
+    for name in (prepare.ISIC_FACTS, names[2], "labels.csv"):
+        (tmp_path / name).unlink()
+    refused(capsys, ["line 4", "ISIC_2", "1 of 4", "--skip-missing"], tmp_path)
+    run(tmp_path, "--skip-missing", "--table", tmp_path / prepare.ISIC)
     said = capsys.readouterr().out
     assert "left out: 1 of 4" in said and "images of one lesion may come into two parts" in said
-    assert len(rows(tmp_path)) == 3 and not any(row[-1] for row in rows(tmp_path))
+    assert rows(tmp_path) == [(names[0], "MEL", ""), (names[1], "NV", ""), (names[3], "MEL", "")]
 
 
 def test_dermofit_without_its_masks_grouped_by_lesion(tmp_path: Path, capsys) -> None:
@@ -68,8 +73,7 @@ def test_dermofit_without_its_masks_grouped_by_lesion(tmp_path: Path, capsys) ->
         ("AK/A2/A2.png", "AK", "AK/A2"), ("MEL/D7b/D7b.png", "MEL", "MEL/D7b")]
     put(tmp_path, "AK/stray.png")
     (tmp_path / "labels.csv").unlink()
-    said = sentence(capsys, lambda: run(tmp_path))
-    assert str(Path("AK", "stray.png")) in said
+    refused(capsys, [str(Path("AK", "stray.png"))], tmp_path)
 
 
 # %% other tables
@@ -113,7 +117,7 @@ def test_several_labels_and_patients(tmp_path: Path, text: str, options: list[st
 def test_cells_without_a_value_are_no_class_and_no_patient(tmp_path: Path, text: str, words: str,
                                                            left: list, capsys) -> None:
     with_table(tmp_path, text, *(f"{name}.png" for name in "abcdef"))
-    assert words in sentence(capsys, lambda: run(tmp_path))
+    refused(capsys, [words], tmp_path)
     run(tmp_path, "--skip-missing")
     assert rows(tmp_path) == left
 
@@ -139,8 +143,7 @@ def test_folders_tell_equal_names_apart(tmp_path: Path, capsys) -> None:
                      (names[3], "train")]
     with_table(tmp_path, "path,target\ndog/1.png,dog\n")
     (tmp_path / "labels.csv").unlink()
-    said = sentence(capsys, lambda: run(tmp_path))
-    assert "line 2" in said and "test/dog/1.png or train/dog/1.png" in said
+    refused(capsys, ["line 2", "test/dog/1.png or train/dog/1.png"], tmp_path)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -158,42 +161,39 @@ def test_folders_tell_equal_names_apart(tmp_path: Path, capsys) -> None:
 ])
 def test_tables_that_cant_be_used(tmp_path: Path, text: str, words: list[str], capsys) -> None:
     with_table(tmp_path, text, "a.png", "b.png", "twin.png", "twin.jpg")
-    said = sentence(capsys, lambda: run(tmp_path))
-    assert all(word in said for word in words), said
+    refused(capsys, words, tmp_path)
     assert not list(tmp_path.glob("labels.csv*"))
 
 
 # %% MedMNIST
 
 
-def medmnist(file: Path, *colour: int, classes: int = 0, **changes) -> dict:
+def medmnist(file: Path, *colour: int, classes: int = 1, **changes: np.ndarray) -> dict:
     """A file as MedMNIST writes them: 6, 2 and 3 images; labels (N, 1), or 0/1 (N, classes)."""
     rng, arrays = np.random.default_rng(0), {}
     for part, n in (("train", 6), ("val", 2), ("test", 3)):
-        labels = rng.integers(0, 2, (n, classes)) if classes else np.arange(n)[:, None] * 2
         arrays[f"{part}_images"] = rng.integers(0, 256, (n, 28, 28, *colour), dtype=np.uint8)
-        arrays[f"{part}_labels"] = labels.astype(np.uint8)
+        arrays[f"{part}_labels"] = rng.integers(0, 2, (n, classes), dtype=np.uint8)
     np.savez_compressed(file, **(arrays | changes))
     return arrays
 
 
-def test_medmnist_keeps_pixels_parts_and_labels(tmp_path: Path) -> None:
-    one = medmnist(tmp_path / "bloodmnist.npz", 3)
+@pytest.mark.parametrize("colour, classes", [([3], 1), ([], 14)])
+def test_medmnist_keeps_pixels_parts_and_labels(tmp_path: Path, colour: list[int], classes: int,
+                                                ) -> None:
+    arrays = medmnist(tmp_path / "x.npz", *colour, classes=classes)
     run(tmp_path)
-    several = medmnist(tmp_path / "chestmnist.npz", classes=14)
-    run(tmp_path / "chestmnist.npz", "--out", str(tmp_path / "out"))
-    blood, chest = read_images(tmp_path / "bloodmnist"), read_images(tmp_path / "out")
-    assert chest.multi_label and chest.classes == [str(i) for i in range(14)]
-    assert not blood.multi_label and blood.classes == [str(i) for i in range(0, 12, 2)]
-    assert split_images(blood).rows == blood.rows  # nothing is split anew
-    for part in ("train", "val", "test"):
-        labels = [[int(row.labels[0])] for row in blood.part(part)]
-        assert labels == one[f"{part}_labels"].tolist()
-        assert np.array_equal(chest.truth(chest.part(part)), several[f"{part}_labels"])
-        for images, arrays in ((blood, one), (chest, several)):
-            for row, pixels in zip(images.part(part), arrays[f"{part}_images"], strict=True):
-                with Image.open(images.folder / row.path) as image:
-                    assert image.format == "PNG" and np.array_equal(np.asarray(image), pixels)
+    images = read_images(tmp_path / "x")
+    assert split_images(images).rows == images.rows  # nothing is split anew
+    assert images.multi_label == (classes > 1)
+    assert images.classes == [str(i) for i in range(max(classes, 2))]
+    for part in data.PARTS:
+        labels = arrays[f"{part}_labels"]
+        wanted = labels if classes > 1 else np.eye(2)[labels[:, 0]]
+        assert np.array_equal(images.truth(images.part(part)), wanted)
+        for row, pixels in zip(images.part(part), arrays[f"{part}_images"], strict=True):
+            with Image.open(images.folder / row.path) as image:
+                assert image.format == "PNG" and np.array_equal(np.asarray(image), pixels)
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -205,64 +205,63 @@ def test_medmnist_keeps_pixels_parts_and_labels(tmp_path: Path) -> None:
 ])
 def test_odd_medmnist_files_are_refused(tmp_path: Path, changes: dict, word: str, capsys) -> None:
     medmnist(tmp_path / "x.npz", **changes)
-    said = sentence(capsys, lambda: run(tmp_path / "x.npz"))
-    assert "x.npz" in said and word in said and not list(tmp_path.rglob("*.png"))
+    refused(capsys, ["x.npz", word], tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_damaged_and_foreign_npz(tmp_path: Path, capsys) -> None:
     file = tmp_path / "x.npz"
     np.savez(file, weights=np.zeros(3))
-    assert "train_labels" in sentence(capsys, lambda: run(file))
+    refused(capsys, ["x.npz", "train_labels"], file)
     file.write_bytes(file.read_bytes()[:100])
-    assert "x.npz" in sentence(capsys, lambda: run(file))
+    refused(capsys, ["x.npz"], file)
 
 
 # %% the command
 
 
-def test_a_folder_that_must_not_be_written_to_is_linked(tmp_path: Path, capsys) -> None:
+def test_a_folder_that_must_not_be_written_to_is_linked(tmp_path: Path, capsys,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     folder = with_table(tmp_path / "set", "image,dx\na,cat\nb,dog\n", "x/a.png", "b.png")
     out, before = tmp_path / "my" / "own", contents(folder)
-
-    def refuse(file: Path, mode: str, **rest: object) -> object:
-        raise PermissionError(13, "Permission denied", str(file))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "open", refuse, raising=False)
-        assert "Permission denied); --out" in sentence(capsys, lambda: run(folder))
     for attempt in range(2):
-        run(folder, "--out", str(out))
+        run(folder, "--out", out)
         assert contents(folder) == before
         assert rows(out) == [("set/x/a.png", "cat", ""), ("set/b.png", "dog", "")]
         (out / "labels.csv").unlink()
-    assert "gone" in sentence(capsys, lambda: run(tmp_path / "gone", "--out", str(out)))
-    masks = put(tmp_path / "derm", "AK/A1/A1.png", "AK/A1/A1mask.png")
-    run(masks, "--out", str(tmp_path / "its"))
-    assert rows(tmp_path / "its") == [("derm/AK/A1/A1.png", "AK", "derm/AK/A1")]
+    refused(capsys, ["gone"], tmp_path / "gone", "--out", out)
+
+    def refuse(file: Path, mode: str, **rest: object) -> object:
+        raise PermissionError(13, "Permission denied", str(file))
+    monkeypatch.setattr(prepare, "open", refuse, raising=False)
+    refused(capsys, ["Permission denied); --out"], folder)
+
+
+def test_dermofit_is_linked_too(tmp_path: Path) -> None:
+    run(put(tmp_path / "derm", "AK/A1/A1.png", "AK/A1/A1mask.png"), "--out", tmp_path / "out")
+    assert rows(tmp_path / "out") == [("derm/AK/A1/A1.png", "AK", "derm/AK/A1")]
 
 
 def test_existing_labels_are_kept(tmp_path: Path, capsys) -> None:
-    with_table(tmp_path, "image_name,diagnosis\na,cat\n", "a.png")
-    (tmp_path / "labels.csv").write_text("mine")
-    assert "there already" in sentence(capsys, lambda: run(tmp_path))
-    itself = ["--table", str(tmp_path / "labels.csv")]
-    assert "another name" in sentence(capsys, lambda: run(tmp_path, *itself))
-    assert (tmp_path / "labels.csv").read_text() == "mine"
-    (tmp_path / "labels.csv").unlink()
+    file = with_table(tmp_path, "image_name,diagnosis\na,cat\n", "a.png") / "labels.csv"
+    file.write_text("mine")
+    refused(capsys, ["there already"], tmp_path)
+    refused(capsys, ["another name"], tmp_path, "--table", file)
+    assert file.read_text() == "mine"
+    file.unlink()
     run(tmp_path)
-    assert (tmp_path / "labels.csv").read_text() == "image,label\na.png,cat\n"
+    assert file.read_text() == "image,label\na.png,cat\n"
 
 
 def test_no_table_the_wrong_one_or_two(tmp_path: Path, capsys) -> None:
     put(tmp_path, "Training/cat/0.png", "Testing/cat/1.png")
     run(tmp_path)
     assert "nothing to do" in capsys.readouterr().out and not (tmp_path / "labels.csv").exists()
-    assert "not a folder" in sentence(capsys, lambda: run(tmp_path / "gone"))
-    gone, more = (["--table", str(tmp_path / name)] for name in ("gone.csv", "more.CSV"))
-    assert "gone.csv" in sentence(capsys, lambda: run(tmp_path, *gone))
+    refused(capsys, ["not a folder"], tmp_path / "gone")
+    refused(capsys, ["gone.csv"], tmp_path, "--table", tmp_path / "gone.csv")
     with_table(tmp_path, "image,label\n0.png,x\n")
-    assert "'dx'" in sentence(capsys, lambda: run(tmp_path, "--label-column", "dx"))
+    refused(capsys, ["'dx'"], tmp_path, "--label-column", "dx")
     with_table(tmp_path, "image,label\n0.png,y\n", file="more.CSV")
-    said = sentence(capsys, lambda: run(tmp_path))
-    assert "more.CSV" in said and "truth.csv" in said and "--table" in said
-    run(tmp_path, *more)
+    refused(capsys, ["more.CSV", "truth.csv", "--table"], tmp_path)
+    run(tmp_path, "--table", tmp_path / "more.CSV")
     assert rows(tmp_path) == [("Training/cat/0.png", "y", "")]
