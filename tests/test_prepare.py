@@ -65,15 +65,16 @@ def test_isic_with_its_lesions_and_without(tmp_path: Path, capsys) -> None:
 
 
 def test_dermofit_without_its_masks_grouped_by_lesion(tmp_path: Path, capsys) -> None:
-    lesions = ("AK/A1/A1", "AK/A2/A2", "MEL/D7b/D7b")
-    put(tmp_path, *(name + end for name in lesions for end in (".png", "mask.png")))
-    run(put(tmp_path, "AK/A1/second.PNG"))
-    assert rows(tmp_path) == [
+    folder, lesions = tmp_path / "set", ("AK/A1/A1", "AK/A2/A2", "MEL/D7b/D7b")
+    put(folder, *(name + end for name in lesions for end in (".png", "mask.png")))
+    run(put(folder, "AK/A1/second.PNG"), "--out", tmp_path / "out")
+    assert rows(tmp_path / "out")[0] == ("set/AK/A1/A1.png", "AK", "set/AK/A1")
+    run(folder)
+    assert rows(folder) == [
         ("AK/A1/A1.png", "AK", "AK/A1"), ("AK/A1/second.PNG", "AK", "AK/A1"),
         ("AK/A2/A2.png", "AK", "AK/A2"), ("MEL/D7b/D7b.png", "MEL", "MEL/D7b")]
-    put(tmp_path, "AK/stray.png")
-    (tmp_path / "labels.csv").unlink()
-    refused(capsys, [str(Path("AK", "stray.png"))], tmp_path)
+    (put(folder, "AK/stray.png") / "labels.csv").unlink()
+    refused(capsys, [str(Path("AK", "stray.png"))], folder)
 
 
 # %% other tables
@@ -178,12 +179,14 @@ def medmnist(file: Path, *colour: int, classes: int = 1, **changes: np.ndarray) 
     return arrays
 
 
-@pytest.mark.parametrize("colour, classes", [([3], 1), ([], 14)])
-def test_medmnist_keeps_pixels_parts_and_labels(tmp_path: Path, colour: list[int], classes: int,
-                                                ) -> None:
+@pytest.mark.parametrize("colour, classes, more, out", [
+    ([3], 1, "", "x"), ([], 14, "--out out", "out")])
+def test_medmnist_keeps_pixels_parts_and_labels(tmp_path: Path, monkeypatch, colour: list[int],
+                                                classes: int, more: str, out: str) -> None:
+    monkeypatch.chdir(tmp_path)
     arrays = medmnist(tmp_path / "x.npz", *colour, classes=classes)
-    run(tmp_path)
-    images = read_images(tmp_path / "x")
+    run(tmp_path / "x.npz", *more.split())
+    images = read_images(tmp_path / out)
     assert split_images(images).rows == images.rows  # nothing is split anew
     assert images.multi_label == (classes > 1)
     assert images.classes == [str(i) for i in range(max(classes, 2))]
@@ -235,11 +238,6 @@ def test_a_folder_that_must_not_be_written_to_is_linked(tmp_path: Path, capsys,
         raise PermissionError(13, "Permission denied", str(file))
     monkeypatch.setattr(prepare, "open", refuse, raising=False)
     refused(capsys, ["Permission denied); --out"], folder)
-
-
-def test_dermofit_is_linked_too(tmp_path: Path) -> None:
-    run(put(tmp_path / "derm", "AK/A1/A1.png", "AK/A1/A1mask.png"), "--out", tmp_path / "out")
-    assert rows(tmp_path / "out") == [("derm/AK/A1/A1.png", "AK", "derm/AK/A1")]
 
 
 def test_existing_labels_are_kept(tmp_path: Path, capsys) -> None:
