@@ -38,14 +38,6 @@ def counts(images: ImageSet) -> list[int]:
 # %% folders
 
 
-def test_class_folders(tmp_path: Path) -> None:
-    images = read_images(class_folders(tmp_path, cat=2, ant=1))
-    assert [(r.path, r.labels) for r in images.rows] == [
-        ("ant/0.png", ("ant",)), ("cat/0.png", ("cat",)), ("cat/1.png", ("cat",))]
-    assert images.classes == ["ant", "cat"] and not images.multi_label and not images.notes
-    assert images.truth(images.rows).tolist() == [[1, 0], [0, 1], [0, 1]]
-
-
 @pytest.mark.parametrize("names", [
     ("train", "val", "test"), ("Training", "validation", "Testing"), ("TRAIN", "Valid", "Test")])
 def test_split_folders(tmp_path: Path, names: tuple[str, ...]) -> None:

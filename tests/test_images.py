@@ -222,16 +222,6 @@ def test_one_window_for_all_keeps_intensities_apart(two_levels: Path) -> None:
     assert np.abs(np.subtract(means((0, 4000)), [1000 / 4000 * 255, 3000 / 4000 * 255])).max() < 2
 
 
-def test_batches_and_cache_are_seen_through_the_window(two_levels: Path, tmp_path: Path) -> None:
-    images = with_window(split_images(read_images(two_levels)))
-    rows = images.part("val")
-    for cache in (None, data.ImageCache(tmp_path / "cache", 16)):
-        dataset = data.ImageRows(images, rows, data.augmentation(16, "none"), cache=cache)
-        (batch,) = data.make_loader(dataset, 8, shuffle=False)
-        means = batch.mean((1, 2, 3))
-        assert means[:4].max() + 2 < means[4:].min()
-
-
 def test_the_window_of_pretraining_is_kept_up_to_prediction(
         two_levels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pre, tuned, seen = tmp_path / "pre", tmp_path / "tuned", set()
