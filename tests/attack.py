@@ -2,7 +2,7 @@
 (Ctrl-C, SIGTERM). Each job, typed again with --resume, must end as one that was left alone.
 
 A parent that has imported everything forks a child for each run, since importing takes longer than
-the run itself. Networks and images are tiny. The first job that ends otherwise is an AssertionError.
+the run itself. Networks and images are tiny. The first job that ends otherwise ends the attack.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,6 +39,18 @@ TABLE = {"title": "Tiny", "data": "any", "rows": [
     for method, arm in (("CASS", "cnn"), ("DINO", "transformer"))]}
 tables.TABLES["T0"] = TABLE
 tables.SIZES["small"] |= {"image_size": 32, "epochs": 2, "tuning": 2, "out_dim": 16}
+FORK = multiprocessing.get_context("fork")
+
+
+def run_forked(words: list, check: bool) -> None:
+    """In place of the table's subprocess.run."""
+    main = {"cass": cass.main, "dino": dino.main, "finetune": finetune.main}[Path(words[1]).stem]
+    child = FORK.Process(target=main, args=([str(word) for word in words[2:]],))
+    child.start()
+    child.join()
+
+
+tables.subprocess = SimpleNamespace(run=run_forked)
 
 TINY = "--data ../set --init random --image-size 32 --batch-size 4 --workers 0 --out out "
 CASS = TINY + "--cnn test_resnet --transformer test_vit "
@@ -78,7 +92,7 @@ def start(name: str, folder: Path) -> BaseProcess:
             save(run, *arguments)
         Run.save = often
         main(words)
-    process = multiprocessing.get_context("fork").Process(target=child)
+    process = FORK.Process(target=child)
     process.start()
     return process
 
@@ -133,10 +147,10 @@ class Place:
         for file in class_folders(root / "large", a=12, b=12).rglob("*.png"):
             noise(int(file.stem), 200, 200).save(file)
 
-    def fresh(self, name: str) -> Path:
-        shutil.rmtree(self.root / name, ignore_errors=True)
-        (self.root / name).mkdir()
-        return self.root / name
+    def fresh(self) -> Path:
+        shutil.rmtree(self.root / "try", ignore_errors=True)
+        (self.root / "try").mkdir()
+        return self.root / "try"
 
     def reference(self, name: str) -> tuple[dict, float]:
         """Its job is done first, and those whose weights it takes before it."""
@@ -144,8 +158,9 @@ class Place:
             for other in JOBS:
                 if f"../{other}/out" in JOBS[name][1]:
                     self.reference(other)
-            folder, begun = self.fresh(name), time.monotonic()
+            folder, begun = self.fresh(), time.monotonic()  # a cache holds the way to images
             self.undisturbed[name] = finish(name, folder), time.monotonic() - begun
+            folder.rename(self.root / name)  # where other jobs look for its weights
         return self.undisturbed[name]
 
 
@@ -170,7 +185,7 @@ def interrupt(place: Place, count: int, signals: tuple[int, ...], names: list[st
     draw, hits, files, slowest = random.Random(seed), Counter(), Counter(), 0.0
     for name in itertools.cycle(names):
         wanted, seconds = place.reference(name)
-        folder = place.fresh("try")
+        folder = place.fresh()
         for _ in range(min(draw.randint(1, 3), count - hits.total())):
             how, group = draw.choice(signals), name == "sweep" or draw.random() < 0.5
             aside = draw.choice(["", "", "*.tmp", "checkpoint*.tmp", "[!lc]*.tmp"])
@@ -185,7 +200,7 @@ def interrupt(place: Place, count: int, signals: tuple[int, ...], names: list[st
             fine = code == -how or how != signal.SIGKILL and code == 130
             assert fine and "Traceback" not in words_of(folder), (name, how, code, words_of(folder))
             hits[name] += 1
-            files[file.split(".")[0] or "none"] += 1
+            files[re.split("[.-]", file)[0] or "none"] += 1
         found = finish(name, folder)
         differing = [file for file in {*found, *wanted}
                      if not equal(found.get(file), wanted.get(file))]
