@@ -19,6 +19,7 @@ from metrics import Gauges
 SOURCE = (Path(__file__).resolve().parents[1] / "cass.py").read_text(encoding="utf-8")
 PATTERNS = 16  # images in a batch, of a pattern each
 
+
 class SmallTransformer(nn.Module):
     """Patches of 8 x 8, one block, 16 outputs."""
 
