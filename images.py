@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator
@@ -403,7 +404,7 @@ class ImageCache:
         return image
 
     def _write(self, name: str, content: bytes) -> None:
-        aside = self.folder / f"{name}.{os.getpid()}.tmp"
+        aside = self.folder / f"{name}.{uuid.uuid4().hex}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             aside.write_bytes(content)

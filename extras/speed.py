@@ -36,8 +36,6 @@ from finetune import finetune_network
 from runtime import (add_run_options, build_model, clear_exit, command_parser, pick_attention,
                      pick_hardware, positive)
 
-# %% the plain loops
-
 
 def plain_cass(cnn: nn.Module, transformer: nn.Module, batches: Iterable, precision: torch.dtype,
                fused: bool = False, layout: torch.memory_format = torch.contiguous_format) -> None:
@@ -207,9 +205,9 @@ def measure(args: argparse.Namespace, hardware: tuple) -> dict[tuple, list[tuple
 def time_lines(args: argparse.Namespace) -> list[str]:
     """The tables as Markdown lines, and Table 1's ratio."""
     load, (device, auto) = os.getloadavg()[0], pick_hardware(args)
-    lines = [f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch "
-             f"{args.batch_size}, {args.image_size} pixels, {args.rounds} rounds; load of the "
-             f"machine before: {load:.1f}"]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
+    lines = [f"{name}, {torch.get_num_threads()} threads, load before {load:.1f}, torch "
+             f"{torch.__version__}, batch {args.batch_size}, {args.image_size} pixels"]
     found = measure(args, (device, auto))
     seconds = {key: median(one[0] for one in rounds) for key, rounds in found.items()}
     for key, rounds in found.items():

@@ -81,9 +81,6 @@ def finished(folder: Path) -> bool:
     return (folder / "config.json").is_file() and read_config(folder).get("finished") is True
 
 
-# %% the numbers of a table
-
-
 def numbers_of(row: dict, seed: int, args: argparse.Namespace, metric: str) -> dict[str, float]:
     """What a row reached with one seed, from result.json and log.jsonl; {} before it is done."""
     *pretrained, tuned = runs_of(row, seed, args)
@@ -163,9 +160,6 @@ def compared_lines(rows: list[dict], metric: str) -> list[str]:
                       f"{ours:+.2f} points; the paper's: {its:+.2f}."]
     columns = ["paired by seed", "arm", "labels", *(f"minus {method}" for method in methods)]
     return markdown(columns, lines) + gains
-
-
-# %% the command
 
 
 def write_table(name: str, rows: list[dict], args: argparse.Namespace) -> None:

@@ -125,6 +125,20 @@ def test_nothing_half_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     complaint(lambda: cache.load(path), "set/0.png can't be read")
 
 
+def test_another_may_write_the_same_file_meanwhile(tmp_path: Path, monkeypatch) -> None:
+    """Also in another container, where it may have the same process number."""
+    path, rename = put(tmp_path / "set", "0.png") / "0.png", os.replace
+    cache, other = (ImageCache(tmp_path / "cache", 8) for _ in range(2))
+
+    def late(*files) -> None:
+        monkeypatch.setattr(os, "replace", rename)
+        other.load(path)
+        rename(*files)
+    monkeypatch.setattr(os, "replace", late)
+    assert cache.load(path).tobytes() == other.load(path).tobytes()
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # the image and the tag
+
+
 def test_folder_that_goes_or_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = put(tmp_path / "set", "0.png") / "0.png", ImageCache(tmp_path / "cache", 8)
     shutil.rmtree(tmp_path / "cache")
