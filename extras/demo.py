@@ -47,8 +47,10 @@ def run(command, arguments: str, log: Path) -> None:
                           break_on_hyphens=False)
     print(" \\\n".join(lines).replace("\u00a0", " "), flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
+    words = shlex.split(arguments)
+    sys.argv = [name.replace(".", "/") + ".py", *words]  # by which a stopped command names itself
     with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        command.main(shlex.split(arguments))
+        command.main(words)
 
 
 def show_log(folder: Path) -> None:
